@@ -1,15 +1,17 @@
-"""What masked image modelling methods share: ViT, masking, data, and the plumbing of a training run.
+"""What masked image modelling methods share: ViT, masking, data, the plumbing of a training run.
 
-This file knows no paper. Copy it together with one script (`mae_perceptual.py`, …) into your own project.
+This file knows no paper. Copy it together with one script (mae_perceptual.py, ...) into a project.
 
-    ViT and masking   sincos_2d, patchify, unpatchify, random_masking, masked_mse, ViT, Decoder, load_encoder
-    Data              Images (shapes, torchvision sets, folders), train_batches, eval_batches
-    Settings          Config, parse
-    A training run    Run: device, processes, run folder, exact resume, logs; schedules, parameter groups, kNN
+    ViT and masking   sincos_2d, patchify, unpatchify, random_masking, masked_mse, ViT, Decoder
+    Weights           load_encoder, save_encoder, init_from
+    Data              draw_shapes, load_images, TrainLoader, eval_batches
+    Settings          TrainConfig, Config, parse, entry_point
+    A training run    Run: device, processes, folder, exact resume, logs, kNN monitor, pictures
 
-Conventions. Images are (B, C, H, W); tokens are (B, 1+n, D) with the cls token first; `visible` (B, n) holds the indices
-of the kept patches and `mask` (B, L) is True where a patch is hidden. Patches run row by row over the h x w grid.
-Pixels are uint8 until `normalize`, the one place that turns them into network input (ImageNet mean and std).
+Conventions. Images are (B, C, H, W). Tokens are (B, 1+n, D), the cls token first. `visible` (B, n)
+holds the indices of the kept patches; `mask` (B, L) is True where a patch is hidden. Patches run
+row by row over the h x w grid. Pixels are uint8 until `normalize`, the one place that turns them
+into network input, with ImageNet's mean and std.
 """
 
 import argparse
@@ -25,7 +27,8 @@ import sys
 import time
 import typing
 import zlib
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -42,10 +45,10 @@ from tqdm import tqdm
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend. `entry_point` shows it as one line and exits with code 2."""
+    """A mistake the user can mend: `entry_point` shows it as one line and exits with code 2."""
 
 
-# ---------------------------------------------------------------------------------------- ViT and masking
+# ------------------------------------------------------------------------------ ViT and masking
 
 VIT_SIZES = {
     "tiny": dict(embed_dim=192, depth=12, num_heads=3),
@@ -57,53 +60,57 @@ VIT_SIZES = {
 
 
 def patch_grid(img_size, patch_size: int) -> tuple[int, int]:
-    """Rows and columns of the patch grid; `img_size` is an int or (H, W). UserError if the patch does not fit."""
+    """Rows and columns of patches in an image of `img_size`, an int or (H, W). UserError if the
+    patch does not divide it."""
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-    if patch_size < 1 or min(height, width) < patch_size or height % patch_size or width % patch_size:
-        raise UserError(f"image size {height}x{width} is not divisible by the patch size {patch_size}")
+    if height % patch_size or width % patch_size:
+        raise UserError(f"image size {height}x{width} is not divisible by patch size {patch_size}")
     return height // patch_size, width // patch_size
 
 
 def sincos_2d(dim: int, grid: tuple[int, int]) -> Tensor:
-    """Fixed 2-D sine-cosine position embedding (L, dim) of an h x w grid, as MAE: the first half of the channels
-    encodes the column, the second the row; each half is [sin, cos] at the frequencies 10000^(-i / (dim/4))."""
+    """Fixed 2-D sine-cosine position embedding (L, dim) of an h x w grid, as in MAE: the first half
+    of the channels encodes the column, the second the row; each half is [sin, cos] of the
+    coordinate times 10000^(-i / (dim/4)). UserError if dim is not divisible by 4."""
     if dim % 4:
         raise UserError(f"2-D sin-cos positions need a width divisible by 4, not {dim}")
-    frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    rows, columns = (torch.arange(n, dtype=torch.float64)[:, None] * frequencies for n in grid)
-    rows, columns = (torch.cat([angle.sin(), angle.cos()], dim=1) for angle in (rows, columns))  # (h|w, dim/2)
+    frequency = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angles = (torch.arange(n, dtype=torch.float64)[:, None] * frequency for n in grid)
+    row, column = (torch.cat([angle.sin(), angle.cos()], dim=1) for angle in angles)
     h, w = grid
-    embedding = torch.cat([columns.expand(h, w, -1), rows[:, None].expand(h, w, -1)], dim=2)
+    embedding = torch.cat([column.expand(h, w, -1), row[:, None].expand(h, w, -1)], dim=2)
     return embedding.reshape(h * w, dim).float()
 
 
 def patchify(imgs: Tensor, patch_size: int) -> Tensor:
-    """(B, C, H, W) -> (B, L, p*p*C); within a patch the order is row, column, channel."""
+    """(B, C, H, W) -> (B, L, p*p*C); the order within a patch is row, column, channel."""
     b, c, height, width = imgs.shape
-    h, w = patch_grid((height, width), patch_size)
-    x = imgs.reshape(b, c, h, patch_size, w, patch_size).permute(0, 2, 4, 3, 5, 1)
-    return x.reshape(b, h * w, patch_size * patch_size * c)
+    p, (h, w) = patch_size, patch_grid((height, width), patch_size)
+    return imgs.reshape(b, c, h, p, w, p).permute(0, 2, 4, 3, 5, 1).reshape(b, h * w, p * p * c)
 
 
-def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int], channels: int = 3) -> Tensor:
+def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int], channels=3) -> Tensor:
     """(B, L, p*p*C) -> (B, C, H, W), the inverse of `patchify`."""
-    h, w = grid
-    x = patches.reshape(-1, h, w, patch_size, patch_size, channels).permute(0, 5, 1, 3, 2, 4)
-    return x.reshape(-1, channels, h * patch_size, w * patch_size)
+    p, (h, w) = patch_size, grid
+    x = patches.reshape(-1, h, w, p, p, channels).permute(0, 5, 1, 3, 2, 4)
+    return x.reshape(-1, channels, h * p, w * p)
 
 
-def random_masking(batch, num_patches, mask_ratio, device=None, generator=None) -> tuple[Tensor, Tensor]:
-    """Keep a uniformly random subset of int(L * (1 - mask_ratio)) patches of each image.
+def random_masking(batch: int, num_patches: int, mask_ratio: float, device=None, generator=None):
+    """Keep a uniformly random int(L * (1 - mask_ratio)) of the L patches of each image.
 
     Returns visible (B, keep) int64, in random order, and mask (B, L) bool, True = hidden.
-    UserError if no patch would be kept, or none hidden."""
+    UserError if that would keep no patch or hide none."""
     keep = int(num_patches * (1 - mask_ratio))
     if not 0 < keep < num_patches:
-        raise UserError(f"mask ratio {mask_ratio} keeps {keep} of {num_patches} patches; need at least one kept, one hidden")
+        raise UserError(
+            f"mask ratio {mask_ratio} keeps {keep} of {num_patches} patches; "
+            "at least one must stay visible and one be hidden"
+        )
     noise = torch.rand(batch, num_patches, device=device, generator=generator)
     visible = noise.argsort(dim=1)[:, :keep]
-    mask = torch.ones(batch, num_patches, dtype=torch.bool, device=device).scatter_(1, visible, False)
-    return visible, mask
+    mask = torch.ones(batch, num_patches, dtype=torch.bool, device=device)
+    return visible, mask.scatter_(1, visible, False)
 
 
 def take_tokens(x: Tensor, index: Tensor) -> Tensor:
@@ -112,16 +119,16 @@ def take_tokens(x: Tensor, index: Tensor) -> Tensor:
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and std (B, L, 1) of each patch, as in MAE's normalised target: unbiased variance, 1e-6 inside the root."""
-    mean = patches.mean(dim=-1, keepdim=True)
-    return mean, (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+    """Mean and std (B, L, 1) of each patch: unbiased variance, 1e-6 inside the root, as in MAE."""
+    std = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+    return patches.mean(dim=-1, keepdim=True), std
 
 
 def masked_mse(pred: Tensor, target: Tensor, mask: Tensor, normalize: bool = True) -> Tensor:
-    """MAE's loss: squared error, mean over the pixels of a patch, then over the hidden patches (scalar, fp32).
+    """MAE's loss: squared error, mean over a patch's pixels, then over hidden patches, in fp32.
 
-    pred, target (B, L, p*p*C); mask (B, L) True = hidden. With `normalize`, the target is each patch minus its mean,
-    over its std, so that the loss lives in units of a patch's own contrast; otherwise in those of `target`."""
+    pred, target (B, L, p*p*C); mask (B, L), True = hidden. With `normalize` the target is the patch
+    minus its mean, over its std: the loss is in units of a patch's own contrast, not of pixels."""
     pred, target = pred.float(), target.float()
     if normalize:
         mean, std = patch_statistics(target)
@@ -139,8 +146,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, n, d = x.shape
-        q, k, v = self.qkv(x).view(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, n, d)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d))
+        q, k, v = self.qkv(x).view(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        x = F.scaled_dot_product_attention(q, k, v)  # each (B, heads, n, d / heads)
+        return self.proj(x.transpose(1, 2).reshape(b, n, d))
 
 
 class Mlp(nn.Module):
@@ -154,8 +162,8 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block with stochastic depth: each residual branch of an image is dropped with
-    probability `drop_path` in training."""
+    """Pre-norm transformer block. In training, each residual branch of an image is dropped with
+    probability `drop_path` (stochastic depth)."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0):
         super().__init__()
@@ -166,26 +174,28 @@ class Block(nn.Module):
         self.drop_path = drop_path
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + torchvision.ops.stochastic_depth(self.attn(self.norm1(x)), self.drop_path, "row", self.training)
-        return x + torchvision.ops.stochastic_depth(self.mlp(self.norm2(x)), self.drop_path, "row", self.training)
+        drop = functools.partial(
+            torchvision.ops.stochastic_depth, p=self.drop_path, mode="row", training=self.training
+        )
+        x = x + drop(self.attn(self.norm1(x)))
+        return x + drop(self.mlp(self.norm2(x)))
 
 
-def init_weights(module: nn.Module) -> None:
-    """MAE's initialisation: Xavier-uniform linear layers, zero biases, unit LayerNorm. For `model.apply`."""
+def init_linear(module: nn.Module) -> None:
+    """MAE's initialisation, for `model.apply`: Xavier-uniform linear layers with zero biases."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        nn.init.zeros_(module.bias)
 
 
 def fixed_positions(dim: int, grid: tuple[int, int]) -> nn.Parameter:
-    """(1, 1+L, dim), the cls row zero. A frozen parameter, so that it travels in state_dict and can be unfrozen."""
+    """(1, 1+L, dim), zero for cls. A frozen parameter: it is saved, and can be unfrozen."""
     return nn.Parameter(F.pad(sincos_2d(dim, grid), (0, 0, 1, 0))[None], requires_grad=False)
 
 
 class PatchEmbed(nn.Module):
-    """A convolution with stride = kernel is a linear layer on patches; as one, it need not touch hidden patches.
-    The weight keeps the convolution's shape (D, C, p, p), which is what everyone's checkpoints have."""
+    """A convolution whose stride is its kernel is a linear layer on patches, and as one it need not
+    touch the hidden ones. The weight keeps the convolution's shape (D, C, p, p), as in timm."""
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
         super().__init__()
@@ -198,44 +208,46 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision transformer encoder. Parameter names and outputs are those of timm's VisionTransformer (num_classes=0);
-    initialisation and fixed sin-cos positions are those of MAE. `img_size` is an int or (H, W), in pixels."""
+    """Vision transformer encoder: parameter names and output of timm's VisionTransformer with
+    num_classes=0, initialisation and fixed positions of MAE. `img_size` (int or (H, W)) and
+    `patch_size` in pixels."""
 
-    def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=768, depth=12, num_heads=12,
-                 mlp_ratio=4.0, drop_path=0.0):
+    def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=768, depth=12,
+                 num_heads=12, mlp_ratio=4.0, drop_path=0.0):
         super().__init__()
         if embed_dim % num_heads:
             raise UserError(f"width {embed_dim} is not divisible by {num_heads} heads")
-        self.settings = dict(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim,
-                             depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio)  # all that rebuilds this ViT
+        self.settings = dict(  # all that it takes to build this ViT again
+            img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim,
+            depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio,
+        )
         self.patch_size, self.in_chans, self.embed_dim = patch_size, in_chans, embed_dim
         self.grid = patch_grid(img_size, patch_size)
         self.num_patches = self.grid[0] * self.grid[1]
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = fixed_positions(embed_dim, self.grid)
-        self.blocks = nn.ModuleList(  # drop path grows linearly with depth
-            Block(embed_dim, num_heads, mlp_ratio, drop_path * i / max(depth - 1, 1)) for i in range(depth)
-        )
+        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]  # grows with depth
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, r) for r in rates)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         nn.init.normal_(self.cls_token, std=0.02)
-        self.apply(init_weights)
+        self.apply(init_linear)
 
     def embed(self, imgs: Tensor, visible: Tensor | None = None) -> Tensor:
-        """(B, C, H, W) -> tokens with positions (B, 1+n, D), cls first; only the `visible` (B, n) patches if given."""
-        expected = (self.in_chans, self.grid[0] * self.patch_size, self.grid[1] * self.patch_size)
+        """Tokens (B, 1+n, D), positions added, cls first; of the `visible` (B, n) if given."""
+        expected = (self.in_chans, *(n * self.patch_size for n in self.grid))
         if imgs.shape[1:] != expected:
-            raise UserError(f"this ViT takes images (channels, height, width) of {expected}, not {tuple(imgs.shape[1:])}")
+            raise UserError(f"this ViT takes images of {expected}, not {tuple(imgs.shape[1:])}")
         patches = patchify(imgs, self.patch_size)
         positions = self.pos_embed[:, 1:].expand(len(imgs), -1, -1)
         if visible is not None:
             patches, positions = take_tokens(patches, visible), take_tokens(positions, visible)
         x = self.patch_embed(patches) + positions
-        cls = (self.cls_token + self.pos_embed[:, :1]).to(x.dtype)
-        return torch.cat([cls.expand(len(x), -1, -1), x], dim=1)
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(imgs), -1, -1)
+        return torch.cat([cls, x], dim=1)
 
     def forward(self, imgs: Tensor, visible: Tensor | None = None) -> Tensor:
-        """imgs (B, C, H, W), visible (B, n) int64 or None for all -> (B, 1+n, D) after the final norm."""
+        """imgs (B, C, H, W), visible (B, n) int64 or None -> (B, 1+n, D) after the final norm."""
         x = self.embed(imgs, visible)
         for block in self.blocks:
             x = block(x)
@@ -243,24 +255,24 @@ class ViT(nn.Module):
 
 
 class Decoder(nn.Module):
-    """MAE's decoder: a learned mask token at hidden positions, transformer blocks, one linear layer to pixels.
-    `encoder` gives the input width, the grid, the patch size and the channels."""
+    """MAE's decoder: the mask token at hidden positions, transformer blocks, a linear layer to
+    pixels. Input width, grid, patch size and channels are those of `encoder`."""
 
-    def __init__(self, encoder: ViT, dim: int = 512, depth: int = 8, num_heads: int = 16, mlp_ratio: float = 4.0):
+    def __init__(self, encoder: ViT, dim: int = 512, depth: int = 8, num_heads: int = 16):
         super().__init__()
         if dim % num_heads:
             raise UserError(f"decoder width {dim} is not divisible by {num_heads} heads")
         self.embed = nn.Linear(encoder.embed_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = fixed_positions(dim, encoder.grid)
-        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.pred = nn.Linear(dim, encoder.patch_size**2 * encoder.in_chans)
         nn.init.normal_(self.mask_token, std=0.02)
-        self.apply(init_weights)
+        self.apply(init_linear)
 
     def forward(self, tokens: Tensor, visible: Tensor) -> Tensor:
-        """tokens (B, 1+n, D) of the encoder, visible (B, n) -> (B, L, p*p*C): every patch, visible ones too."""
+        """tokens (B, 1+n, D), visible (B, n) -> (B, L, p*p*C): every patch, visible ones too."""
         x = self.embed(tokens)
         b, _, d = x.shape
         full = self.mask_token.to(x.dtype).expand(b, self.pos_embed.shape[1] - 1, d)
@@ -268,27 +280,104 @@ class Decoder(nn.Module):
         x = torch.cat([x[:, :1], full], dim=1) + self.pos_embed
         for block in self.blocks:
             x = block(x)
-        return self.pred(self.norm(x)[:, 1:])
+        return self.pred(self.norm(x[:, 1:]))
 
 
-# ---------------------------------------------------------------------------------------- data
+# ------------------------------------------------------------------------------ weights
+
+
+def read_checkpoint(path) -> dict:
+    """torch.load of tensors and primitives, on the CPU. UserError if that cannot be done."""
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception:  # of many types: zip, pickle, storage
+        raise UserError(f"{path} is truncated or not a checkpoint") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path} is not a checkpoint: it holds a {type(loaded).__name__}")
+    return loaded
+
+
+def split_weights(path) -> tuple[dict, dict, dict]:
+    """Encoder weights, decoder weights and ViT settings of a file: our encoder.pt or checkpoint.pt,
+    or the flat layout of timm and of the published MAE files (a classification head is ignored)."""
+    loaded = read_checkpoint(path)
+    weights = loaded.get("model", loaded)
+    encoder, decoder = {}, {}
+    for name, value in weights.items() if isinstance(weights, dict) else ():
+        if name.startswith("encoder."):
+            encoder[name.removeprefix("encoder.")] = value
+        elif name.startswith(("decoder.", "decoder_")):
+            decoder[name[len("decoder.") :]] = value
+        elif name == "mask_token":
+            decoder[name] = value
+        elif not name.startswith("head."):
+            encoder[name] = value
+    for name in ("patch_embed.proj.weight", "pos_embed"):
+        if not isinstance(encoder.get(name), Tensor):
+            raise UserError(f"{path} holds no ViT: {name} is missing")
+    if "vit" in loaded:
+        return encoder, decoder, loaded["vit"]
+    dim, in_chans, patch_size, _ = encoder["patch_embed.proj.weight"].shape
+    heads = {size["embed_dim"]: size["num_heads"] for size in VIT_SIZES.values()}
+    side = math.isqrt(encoder["pos_embed"].shape[1] - 1)  # such files do not say: a square grid
+    return encoder, decoder, dict(
+        img_size=side * patch_size, patch_size=patch_size, in_chans=in_chans, embed_dim=dim,
+        depth=len({name.split(".")[1] for name in encoder if name.startswith("blocks.")}),
+        num_heads=heads.get(dim, dim // 64),
+    )
+
+
+def load_strictly(module: nn.Module, weights: dict, path) -> None:
+    """load_state_dict whose one-line UserError names every missing, unexpected or misshapen key."""
+    own = {name: tuple(x.shape) for name, x in module.state_dict().items()}
+    got = {name: tuple(x.shape) for name, x in weights.items()}
+    problems = [f"missing {name}" for name in own.keys() - got.keys()]
+    problems += [f"unexpected {name}" for name in got.keys() - own.keys()]
+    problems += [
+        f"{name} is {got[name]}, not {own[name]}"
+        for name in own.keys() & got.keys() if own[name] != got[name]
+    ]
+    if problems:
+        what = type(module).__name__
+        raise UserError(f"{path} does not fit this {what}: {'; '.join(sorted(problems))}")
+    module.load_state_dict(weights)
+
+
+def load_encoder(path, drop_path: float = 0.0) -> ViT:
+    """The ViT of our encoder.pt or checkpoint.pt, or of a flat timm or published MAE file, whose
+    decoder is ignored. UserError that lists every missing, unexpected or misshapen key."""
+    weights, _, settings = split_weights(path)
+    encoder = ViT(**settings, drop_path=drop_path)
+    load_strictly(encoder, weights, path)
+    return encoder
+
+
+def save_encoder(path: Path, encoder: ViT, config: dict) -> None:
+    """encoder.pt: weights under timm's names, the numbers that rebuild the ViT, the settings."""
+    content = {"model": encoder.state_dict(), "vit": encoder.settings, "config": config}
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def init_from(path, encoder: ViT, decoder: nn.Module) -> None:
+    """Load a file's weights into the encoder and, if it has one, the decoder. All keys must fit."""
+    encoder_weights, decoder_weights, _ = split_weights(path)
+    load_strictly(encoder, encoder_weights, path)
+    if decoder_weights:
+        load_strictly(decoder, decoder_weights, path)
+    else:
+        print(f"{path} has no decoder: the decoder starts from random weights", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------ data
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for every data set
-RESIDENT_BYTES = 4 << 30  # a set of equally sized images up to this size is decoded once and kept on the device
+RESIDENT_BYTES = 4 << 30  # equally sized images up to this total are kept decoded on the device
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
-SHAPES = ("disk", "ring", "square", "triangle", "star", "cross", "crescent", "bar", "heart", "corner")
-
-
-def normalize(imgs: Tensor) -> Tensor:
-    """(B, 3, H, W) in 0..255, uint8 or float -> float network input."""
-    mean, std = (torch.tensor(x, device=imgs.device).view(1, 3, 1, 1) * 255 for x in (MEAN, STD))
-    return (imgs.float() - mean) / std
-
-
-def denormalize(imgs: Tensor) -> Tensor:
-    """Network input -> RGB in 0..1, clipped."""
-    mean, std = (torch.tensor(x, device=imgs.device).view(1, 3, 1, 1) for x in (MEAN, STD))
-    return (imgs.float() * std + mean).clamp(0, 1)
+BICUBIC = v2.InterpolationMode.BICUBIC
+SHAPES = ("disk", "ring", "square", "triangle", "star",
+          "cross", "crescent", "bar", "heart", "corner")  # fmt: skip
 
 
 def random_seed(*keys: int | str) -> int:
@@ -301,159 +390,166 @@ def seeded(*keys: int | str, device="cpu") -> torch.Generator:
     return torch.Generator(device).manual_seed(random_seed(*keys))
 
 
-def draw_shapes(count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Procedural images (count, 3, size, size) uint8 and their classes (count,) int64, indices into SHAPES.
+def normalize(imgs: Tensor) -> Tensor:
+    """(B, 3, H, W) in 0..255, uint8 or float -> network input, float32."""
+    mean, std = (torch.tensor(x, device=imgs.device).view(3, 1, 1) * 255 for x in (MEAN, STD))
+    return (imgs - mean) / std
 
-    One shape per image. Place, size, rotation, colours and the textures of shape and background are random and
-    independent of the class, so that only the outline tells it."""
-    g = seeded("shapes", seed)
-    labels = torch.randint(len(SHAPES), (count,), generator=g)
-    # Columns: centre x, y; radius; rotation; hue, value and two free numbers; texture numbers of background and shape.
-    numbers = torch.rand(count, 22, generator=g)
+
+def denormalize(imgs: Tensor) -> Tensor:
+    """Network input -> RGB in 0..1, clipped, float32."""
+    mean, std = (torch.tensor(x, device=imgs.device).view(3, 1, 1) for x in (MEAN, STD))
+    return (imgs * std + mean).clamp(0, 1)
+
+
+def draw_shapes(count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Procedural images (count, 3, size, size) uint8 and classes (count,), indices into SHAPES.
+
+    One shape each, on a textured ground. Its place, size, tilt, colours and both textures are
+    random and independent of the class: only the outline tells it."""
+    generator = seeded("shapes", seed)
+    labels = torch.randint(len(SHAPES), (count,), generator=generator)
+    numbers = torch.rand(count, 23, generator=generator)
     images = torch.empty(count, 3, size, size, dtype=torch.uint8)
     axis = (torch.arange(size) + 0.5) * 2 / size - 1
     y, x = torch.meshgrid(axis, axis, indexing="ij")
-    chunk = max(1, (1 << 19) // size**2)  # small enough for the processor's cache
-    for kind in range(len(SHAPES)):
+    chunk = max(1, (1 << 19) // size**2)  # as many as the processor's cache holds
+    for kind, name in enumerate(SHAPES):
         for index in (labels == kind).nonzero()[:, 0].split(chunk):
-            r = numbers[index, :, None, None]
-            images[index] = _draw(kind, x, y, r, 2 / size).mul_(255).add_(0.5).to(torch.uint8)
+            picture = _draw(name, x, y, numbers[index, :, None, None], pixel=2 / size)
+            images[index] = picture.mul_(255).round_().to(torch.uint8)
     return images, labels
 
 
-def _draw(kind: int, x: Tensor, y: Tensor, r: Tensor, pixel: float) -> Tensor:
-    """x, y (S, S) in -1..1; r (n, 22, 1, 1) uniform numbers -> (n, 3, S, S) in 0..1."""
-    radius, angle = 0.7 + 0.3 * r[:, 2], r[:, 3] - 0.5
-    dx, dy = (x - (r[:, 0] - 0.5) * 0.3) / radius, (y - (r[:, 1] - 0.5) * 0.3) / radius
-    u, v = dx * angle.cos() + dy * angle.sin(), dy * angle.cos() - dx * angle.sin()
-    a, b = u.abs(), v.abs()
-    outside = {  # about the distance to the outline, in radii; negative inside
-        "disk": lambda: (u * u + v * v).sqrt() - 0.85,
-        "ring": lambda: ((u * u + v * v).sqrt() - 0.72).abs() - 0.22,
-        "square": lambda: torch.maximum(a, b) - 0.75,
-        "triangle": lambda: torch.maximum(v, a * 0.866 - v * 0.5) - 0.5,
-        "star": lambda: (u * u + v * v).sqrt() - 0.68 - 0.32 * torch.sin(5 * torch.atan2(v, u)),
-        "cross": lambda: torch.minimum(torch.maximum(a - 0.95, b - 0.3), torch.maximum(b - 0.95, a - 0.3)),
-        "crescent": lambda: torch.maximum((u * u + v * v).sqrt() - 0.9, 0.75 - ((u - 0.5) ** 2 + v * v).sqrt()),
-        "bar": lambda: torch.maximum(a - 1.0, b - 0.32),
-        "heart": lambda: ((u * u + (v + 0.15 - 0.75 * a.sqrt()) ** 2).sqrt() - 0.8),
-        "corner": lambda: torch.maximum(torch.maximum(a, b) - 0.8, torch.minimum(u, v) + 0.15),
-    }[SHAPES[kind]]()
+def _draw(name: str, x: Tensor, y: Tensor, r: Tensor, pixel: float) -> Tensor:
+    """x, y (S, S) in -1..1, r (n, 23, 1, 1) uniform in 0..1 -> (n, 3, S, S) in 0..1."""
+    radius, tilt = 0.7 + 0.3 * r[:, 0], r[:, 1] - 0.5  # tilt up to 29 degrees either way
+    dx, dy = (x + 0.3 * (r[:, 2] - 0.5)) / radius, (y + 0.3 * (r[:, 3] - 0.5)) / radius
+    u, v = dx * tilt.cos() + dy * tilt.sin(), dy * tilt.cos() - dx * tilt.sin()
+    a, b, length = u.abs(), v.abs(), (u * u + v * v).sqrt()
+    top, low = torch.maximum, torch.minimum
+    outside = {  # about the distance to the outline, in radii, negative inside
+        "disk": lambda: length - 0.85,
+        "ring": lambda: (length - 0.72).abs() - 0.22,
+        "square": lambda: top(a, b) - 0.75,
+        "triangle": lambda: top(v, a * 0.866 - v * 0.5) - 0.5,
+        "star": lambda: length - 0.68 - 0.32 * torch.sin(5 * torch.atan2(v, u)),
+        "cross": lambda: low(top(a - 0.95, b - 0.3), top(b - 0.95, a - 0.3)),
+        "crescent": lambda: top(length - 0.9, 0.75 - ((u - 0.5) ** 2 + v * v).sqrt()),
+        "bar": lambda: top(a - 1.0, b - 0.32),
+        "heart": lambda: (u * u + (v + 0.15 - 0.75 * a.sqrt()) ** 2).sqrt() - 0.8,
+        "corner": lambda: top(top(a, b) - 0.8, low(u, v) + 0.15),
+    }[name]()
     cover = (0.5 - outside * radius / pixel).clamp_(0, 1)[:, None]  # one pixel of anti-aliasing
-
-    def paint(hue: Tensor, value: Tensor, t: Tensor) -> Tensor:
-        """Two related colours mixed by a texture: stripes, plaids, slow gradients or checks, soft or sharp."""
-        k1, k2 = 9 * t[:, 0] ** 2, 9 * t[:, 1] ** 2
-        p1, p2 = 6.3 * t[:, 2], 6.3 * t[:, 3]
-        wave = torch.sin(k1 * (x * p1.cos() + y * p1.sin()) + 6.3 * t[:, 4])
-        wave += (t[:, 5] > 0.5) * torch.sin(k2 * (x * p2.cos() + y * p2.sin()) + 6.3 * t[:, 6])
-        mix = torch.sigmoid_((1 + 5 * t[:, 7]) * wave)[:, None]
-        thirds = torch.arange(3).view(1, 3, 1, 1) / 3
-        c1, c2 = (0.5 + 0.5 * torch.cos(2 * math.pi * (hue + shift + thirds)) for shift in (0.0, 0.12))
-        return torch.lerp(c1 * value, 0.25 + 0.6 * c2 * value, mix)
-
-    dark, bright = 0.35 + 0.25 * r[:, 5:6], 0.8 + 0.2 * r[:, 5:6]
-    swap = r[:, 6:7] > 0.5  # the shape is the darker one in half the images
-    back = paint(r[:, 4:5], torch.where(swap, bright, dark), r[:, 6:14])
-    front = paint(r[:, 4:5] + 0.3 + 0.4 * r[:, 13:14], torch.where(swap, dark, bright), r[:, 14:22])
-    return torch.lerp(back, front, cover)
+    dark, bright = 0.35 + 0.25 * r[:, 4:5], 0.8 + 0.2 * r[:, 4:5]
+    inverted = r[:, 5:6] > 0.5  # half of the shapes are darker than their ground
+    hue = r[:, 6:7]
+    ground = _paint(x, y, hue, torch.where(inverted, bright, dark), r[:, 7:15])
+    front = 0.3 + 0.4 * r[:, 22:23] + hue
+    shape = _paint(x, y, front, torch.where(inverted, dark, bright), r[:, 14:22])
+    return torch.lerp(ground, shape, cover)
 
 
-def sample_crops(count: int, height: int, width: int, scale, ratio=(3 / 4, 4 / 3), device=None, generator=None) -> Tensor:
-    """RandomResizedCrop boxes (count, 4) int64, columns top, left, h, w in pixels: the distribution of torchvision's
-    RandomResizedCrop.get_params, for a whole batch. Area is uniform in `scale`, aspect log-uniform in `ratio`; the first
-    of 10 tries that fits is taken, else the largest central crop whose aspect is within `ratio`."""
+def _paint(x: Tensor, y: Tensor, hue: Tensor, value: Tensor, t: Tensor) -> Tensor:
+    """Two related colours mixed by a texture: stripes, plaids or slow gradients, soft or sharp."""
+    (k1, k2), (p1, p2) = (9 * t[:, i] ** 2 for i in (0, 1)), (6.28 * t[:, i] for i in (2, 3))
+    wave = torch.sin(k1 * (x * p1.cos() + y * p1.sin()) + 6.28 * t[:, 4])
+    second = torch.sin(k2 * (x * p2.cos() + y * p2.sin()) + 6.28 * t[:, 5])
+    mix = torch.sigmoid((1 + 5 * t[:, 7]) * (wave + (t[:, 6] > 0.5) * second))[:, None]
+    phase = torch.arange(3).view(3, 1, 1) / 3
+    one, two = (0.5 + 0.5 * torch.cos(6.28 * (hue + shift + phase)) for shift in (0.0, 0.12))
+    return torch.lerp(one * value, 0.25 + 0.6 * two * value, mix)
+
+
+def sample_crops(count: int, height: int, width: int, scale, ratio=(3 / 4, 4 / 3), device=None,
+                 generator=None) -> Tensor:
+    """RandomResizedCrop boxes (count, 4) int64, columns top, left, h, w in pixels, distributed as
+    torchvision's get_params: area uniform in `scale`, aspect log-uniform in `ratio`, the first of
+    10 tries that fits, else the largest central crop within `ratio`."""
     u = torch.rand(4, count, 10, device=device, generator=generator)
     area = height * width * (scale[0] + (scale[1] - scale[0]) * u[0])
     aspect = torch.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * u[1])
     w, h = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
     first = fits.int().argmax(dim=1, keepdim=True)
-    h, w, u_top, u_left = (x.gather(1, first)[:, 0] for x in (h, w, u[2], u[3]))
-    top, left = (u_top * (height - h + 1)).long(), (u_left * (width - w + 1)).long()
-    central_w, central_h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
-    central = ((height - central_h) // 2, (width - central_w) // 2, central_h, central_w)
+    h, w, top, left = (x.gather(1, first)[:, 0] for x in (h, w, u[2], u[3]))
+    top, left = (top * (height - h + 1)).long(), (left * (width - w + 1)).long()
     boxes = torch.stack([top, left, h, w], dim=1)
-    return torch.where(fits.any(dim=1, keepdim=True), boxes, torch.tensor(central, device=device))
+    h, w = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))
+    central = torch.tensor(((height - h) // 2, (width - w) // 2, h, w), device=device)
+    return torch.where(fits.any(dim=1, keepdim=True), boxes, central)
 
 
 def crop_resize(imgs: Tensor, boxes: Tensor, size: int, flip: Tensor | None = None) -> Tensor:
-    """Cut a box of its own from each image and resize it to size x size: anti-aliased bicubic, as
-    `interpolate(crop, mode="bicubic", antialias=True)` on each, but the whole batch at once.
+    """Cut its own box from each image and resize it to size x size, a whole batch at once: equal to
+    `interpolate(crop, mode="bicubic", antialias=True)` on each. Resampling is linear and separable,
+    hence one matrix per image and axis.
 
-    imgs (B, C, H, W) uint8 or float; boxes (B, 4) as `sample_crops`; flip (B,) bool mirrors left-right.
-    Returns float (B, C, size, size), not clamped: bicubic overshoots. Resampling is linear and separable, so it
-    is one matrix per image and axis."""
-    top, left, h, w = boxes.unbind(1)
-    rows = _bicubic_matrix(top, h, imgs.shape[2], size)
-    columns = _bicubic_matrix(left, w, imgs.shape[3], size)
+    imgs (B, C, H, W) uint8 or float; boxes (B, 4) as from `sample_crops`; flip (B,) bool mirrors
+    left-right. Returns float32 (B, C, size, size); not clamped, and bicubic overshoots."""
+    b, c, height, width = imgs.shape
+    rows = _bicubic_matrix(boxes[:, 0], boxes[:, 2], height, size)
+    columns = _bicubic_matrix(boxes[:, 1], boxes[:, 3], width, size)
     if flip is not None:
         columns = torch.where(flip[:, None, None], columns.flip(1), columns)
-    b, c, height, width = imgs.shape
-    x = torch.bmm(imgs.float().reshape(b, c * height, width), columns.transpose(1, 2))  # (B, C*H, size)
+    x = torch.bmm(imgs.float().view(b, c * height, width), columns.transpose(1, 2))
     x = x.view(b, c, height, size).transpose(1, 2).reshape(b, height, c * size)
     return torch.bmm(rows, x).view(b, size, c, size).transpose(1, 2)
 
 
 def _bicubic_matrix(start: Tensor, length: Tensor, n_in: int, n_out: int) -> Tensor:
-    """(B,) start and length of a crop -> (B, n_out, n_in) weights of Keys' cubic (a = -1/2), widened when shrinking."""
-    scale = (length / n_out)[:, None, None]
-    centre = start[:, None, None] + (torch.arange(n_out, device=start.device) + 0.5)[:, None] * scale
+    """Start and length (B,) of a crop -> weights (B, n_out, n_in) of Keys' cubic with a = -1/2,
+    widened when it shrinks, cut off at the crop's edges."""
+    start, length = start[:, None, None], length[:, None, None]
+    scale = length / n_out
+    centre = start + (torch.arange(n_out, device=start.device) + 0.5)[:, None] * scale
     pixel = torch.arange(n_in, device=start.device)
     x = ((pixel + 0.5 - centre) / scale.clamp(min=1)).abs()
-    weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2) * (x < 2)
-    weight = weight * ((pixel >= start[:, None, None]) & (pixel < (start + length)[:, None, None]))
+    weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2)
+    weight = weight * ((x < 2) & (pixel >= start) & (pixel < start + length))
     return weight / weight.sum(dim=2, keepdim=True)
 
 
 def read_image(path: Path) -> Image.Image | None:
-    """RGB image; None, with a warning that names the file, where it cannot be decoded."""
+    """RGB image; None, with a warning that names the file, if it cannot be decoded."""
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except Exception as error:  # decoders raise anything from OSError to SyntaxError on damaged files
+    except Exception as error:  # damaged files make decoders raise anything, even SyntaxError
         print(f"warning: skipping unreadable image {path}: {error}", file=sys.stderr, flush=True)
         return None
 
 
-def git_hash() -> str:
-    """Short hash of the checkout that this file lies in, or "unknown"."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 class Images:
-    """One split of a data set: `labels` (N,) int64, -1 where unknown; the names of the `classes`, empty if unlabelled;
-    and either `pixels` (N, 3, H, W) uint8 in memory, on the training device, or `paths` to decode when needed."""
+    """One split of a data set: `labels` (N,) int64, -1 where unknown; `classes`, their names, empty
+    without labels; and either `pixels` (N, 3, H, W) uint8 on the training device, or `paths`."""
 
-    def __init__(self, labels: Tensor, classes: list[str], pixels: Tensor | None = None, paths: list[Path] | None = None):
+    def __init__(self, labels: Tensor, classes: list[str], pixels=None, paths=None):
         self.labels, self.classes, self.pixels, self.paths = labels, classes, pixels, paths
-        # Shared with the loader's workers, so that a broken file is met by all and named once.
+        # Shared with loader workers, so that a broken file is named once and not tried again.
         self.unreadable = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def pil(self, index: int) -> tuple[Image.Image, int]:
-        """Image and label; an unreadable file is replaced by the next readable one, so that batches keep their size."""
+        """Image and label. The next readable file stands in for an unreadable one, so that batches
+        keep their size."""
         if self.pixels is not None:
             return v2.functional.to_pil_image(self.pixels[index]), int(self.labels[index])
-        for i in (*range(index, len(self)), *range(index)):
-            if not self.unreadable[i]:
-                image = read_image(self.paths[i])
-                if image is not None:
-                    return image, int(self.labels[i])
-                self.unreadable[i] = True
-        raise UserError("no image could be read")
+        while True:
+            if not self.unreadable[index]:
+                if (image := read_image(self.paths[index])) is not None:
+                    return image, int(self.labels[index])
+                self.unreadable[index] = True
+            index = (index + 1) % len(self)
 
 
-def load_images(name: str, split: str, size: int = 32, data_dir="data", device="cpu") -> Images | None:
-    """The `split` ("pretrain": all images for training without labels, "train", "val") of a data set, or None where a
-    folder has no such split. `name`: shapes (drawn at `size`), cifar10, cifar100, stl10 (downloaded to `data_dir`),
-    or a folder: train/ and val/ with class folders, or any tree of images without labels."""
+def load_images(name: str, split: str, size: int, data_dir="data", device="cpu") -> Images | None:
+    """A split of a data set: "pretrain" (all images for training without labels), "train" or "val";
+    None where a folder has no such split. `name`: shapes, drawn at size x size; cifar10, cifar100,
+    stl10, downloaded to `data_dir`; or a folder, with train/ and val/ and class folders in them, or
+    any tree of images without labels."""
     if name == "shapes":
         count, seed = (4000, 1) if split == "val" else (20000, 0)
         pixels, labels = draw_shapes(count, size, seed)
@@ -463,42 +559,40 @@ def load_images(name: str, split: str, size: int = 32, data_dir="data", device="
     return _folder_images(Path(name), split, device)
 
 
-def pretraining_images(cfg, device) -> tuple[Images, Images | None]:
-    """Training images of a method's settings, and validation images if the data set has any."""
-    train, val = (load_images(cfg.data, s, cfg.img_size, cfg.data_dir, device) for s in ("pretrain", "val"))
-    if cfg.knn_every and (val is None or not train.classes):
-        raise UserError(f"--knn-every: {cfg.data} has no labels; they need train/ and val/ with class folders")
-    return train, val
+def pretraining_images(cfg: "Config", device) -> tuple[Images, Images | None]:
+    """Training images and, if the data set has any, validation images."""
+    splits = ("pretrain", "val")
+    return tuple(load_images(cfg.data, s, cfg.img_size, cfg.data_dir, device) for s in splits)
 
 
 def _torchvision_images(name: str, split: str, data_dir, device) -> Images:
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if rank > 0:
+        dist.barrier()  # the first process downloads, then the others read
     sets = torchvision.datasets
-    if dist.is_initialized() and dist.get_rank() > 0:
-        dist.barrier()  # rank 0 downloads, the others wait and then read
     try:
         if name == "stl10":
             part = {"pretrain": "train+unlabeled", "train": "train", "val": "test"}[split]
             data = sets.STL10(data_dir, split=part, download=True)
-            pixels, labels = torch.from_numpy(data.data), torch.as_tensor(data.labels).long()
+            pixels, labels = torch.from_numpy(data.data), data.labels
         else:
-            data = {"cifar10": sets.CIFAR10, "cifar100": sets.CIFAR100}[name](data_dir, train=split != "val", download=True)
-            pixels, labels = torch.from_numpy(data.data).permute(0, 3, 1, 2), torch.as_tensor(data.targets).long()
+            cifar = {"cifar10": sets.CIFAR10, "cifar100": sets.CIFAR100}[name]
+            data = cifar(data_dir, train=split != "val", download=True)
+            pixels, labels = torch.from_numpy(data.data).permute(0, 3, 1, 2), data.targets
     except (OSError, RuntimeError) as error:
-        raise UserError(f"could not get {name}: {error}; give its place with --data-dir, or a folder with --data") from error
-    if dist.is_initialized() and dist.get_rank() == 0:
+        raise UserError(f"could not download {name} to {data_dir}: {error}") from error
+    if rank == 0 and dist.is_initialized():
         dist.barrier()
+    labels = torch.as_tensor(labels, dtype=torch.int64)
     return Images(labels, list(data.classes), pixels.contiguous().to(device))
 
 
 def _folder_images(root: Path, split: str, device) -> Images | None:
     if not root.is_dir():
-        raise UserError(f"--data {root}: no such folder, nor one of shapes, cifar10, cifar100, stl10")
-    folder = root
-    if (root / "train").is_dir():
-        folder = root / ("val" if split == "val" else "train")
-    elif split == "val":
-        return None
-    if not folder.is_dir():
+        raise UserError(f"--data {root}: no such folder, nor shapes, cifar10, cifar100 or stl10")
+    has_splits = (root / "train").is_dir()
+    folder = root / ("val" if split == "val" else "train") if has_splits else root
+    if not folder.is_dir() or (split == "val" and not has_splits):
         return None
     paths = sorted(
         Path(parent) / file
@@ -507,23 +601,24 @@ def _folder_images(root: Path, split: str, device) -> Images | None:
         if Path(file).suffix.lower() in IMAGE_SUFFIXES
     )
     if not paths:
-        raise UserError(f"no images under {folder}; looked for {' '.join(sorted(IMAGE_SUFFIXES))}")
+        raise UserError(f"no images under {folder} (looked for {' '.join(sorted(IMAGE_SUFFIXES))})")
     parents = [path.relative_to(folder).parts[:-1] for path in paths]
-    classes = []
-    if folder != root and all(parents):  # train/ or val/, every image in a class folder
+    labels, classes = torch.full((len(paths),), -1), []
+    if has_splits and all(parents):  # every image lies in a class folder
         classes = sorted(entry.name for entry in (root / "train").iterdir() if entry.is_dir())
-    number = {name: i for i, name in enumerate(classes)}
-    if unknown := sorted({parts[0] for parts in parents} - number.keys()) if classes else []:
-        raise UserError(f"{folder} has class folders that {root / 'train'} lacks: {', '.join(unknown[:5])}")
-    labels = torch.tensor([number[parts[0]] if classes else -1 for parts in parents])
+        if unknown := sorted({parent[0] for parent in parents} - set(classes)):
+            raise UserError(f"{folder} has classes that train/ lacks: {', '.join(unknown[:5])}")
+        number = {name: i for i, name in enumerate(classes)}
+        labels = torch.tensor([number[parent[0]] for parent in parents])
     images = Images(labels, classes, paths=paths)
-    return _decode_all(images, device) or images
+    return _decode_all(images, folder, device) or images
 
 
-def _decode_all(images: Images, device) -> Images | None:
-    """The same images in memory; None where they differ in size or are too many. Unreadable ones are left out."""
+def _decode_all(images: Images, folder: Path, device) -> Images | None:
+    """The same images in memory, less the unreadable; None if they differ in size or are many."""
     pixels = None
-    for i, path in enumerate(images.paths):
+    quiet = True if int(os.environ.get("RANK", 0)) > 0 else None  # None: only on a terminal
+    for i, path in enumerate(tqdm(images.paths, f"reading {folder}", leave=False, disable=quiet)):
         image = read_image(path)
         if image is None:
             images.unreadable[i] = True
@@ -537,122 +632,129 @@ def _decode_all(images: Images, device) -> Images | None:
             return None
         pixels[i] = v2.functional.pil_to_tensor(image)
     if pixels is None:
-        raise UserError(f"none of the {len(images)} images could be read, the first is {images.paths[0]}")
-    if images.unreadable.any():
-        keep = ~images.unreadable
-        print(f"left out {int(images.unreadable.sum())} unreadable of {len(keep)} images", file=sys.stderr)
-        return Images(images.labels[keep], images.classes, pixels[keep].to(device))
-    return Images(images.labels, images.classes, pixels.to(device))
+        raise UserError(f"none of the {len(images)} images under {folder} could be read")
+    keep = ~images.unreadable
+    if not keep.all():
+        print(f"left out {int((~keep).sum())} unreadable of {len(keep)} images", file=sys.stderr)
+        pixels = pixels[keep]
+    return Images(images.labels[keep], images.classes, pixels.to(device))
 
 
 class _Decoding(torch.utils.data.Dataset):
-    """What a DataLoader's workers do: decode, `transform` (PIL -> PIL), return uint8. Keys are (epoch, index)."""
+    """The work of loader processes: decode, `transform` (PIL -> PIL). Keys are (epoch, index), and
+    all random numbers derive from (seed, epoch, index)."""
 
     def __init__(self, images: Images, transform, seed: int):
         self.images, self.transform, self.seed = images, transform, seed
 
-    def __getitem__(self, key):
-        epoch, index = key
-        torch.manual_seed(random_seed("image", self.seed, epoch, index))
-        image, label = self.images.pil(index)
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        torch.manual_seed(random_seed("image", self.seed, *key))
+        image, label = self.images.pil(key[1])
         return v2.functional.pil_to_tensor(self.transform(image)), label
 
 
 class TrainLoader:
-    """Epochs in random order, as micro-batches of (normalised images, labels) for this process, on its device.
+    """Shuffled epochs, as micro-batches of normalised images (b, 3, size, size) and labels (b,).
 
-    A global batch is cut into world x accumulate micro-batches; number j of them depends on (seed, epoch, step, j)
-    alone, so that 2 processes and 1 process with --accumulate 2 see the same images. Images in memory are cropped and
-    flipped on the device, a batch at a time; files are decoded by workers, where `transform` (PIL -> PIL; default: the
-    same crop and flip) runs. The last incomplete batch of an epoch is dropped."""
+    A global batch is cut into processes x accumulate micro-batches, of which number j depends on
+    (seed, epoch, step, j) alone: two processes see what one with --accumulate 2 sees. Images in
+    memory are cropped and flipped on the device, a batch at a time; files are decoded by workers,
+    image by image, as are images in main memory if a `transform` (PIL -> PIL) is to be applied
+    instead of crop and flip. The incomplete last batch of an epoch is dropped."""
 
-    def __init__(self, images: Images, cfg, run: "Run", size: int, transform=None):
+    def __init__(self, images: Images, cfg: "TrainConfig", run: "Run", size: int, transform=None):
         self.images, self.cfg, self.run, self.size = images, cfg, run, size
         self.steps = len(images) // cfg.batch_size
         if self.steps == 0:
-            raise UserError(f"--batch-size {cfg.batch_size} is more than the {len(images)} images of {cfg.data}")
+            raise UserError(
+                f"--batch-size {cfg.batch_size} is more than the {len(images)} images of {cfg.data}"
+            )
         self.workers = None
         if images.paths is not None or transform is not None:
-            crop = v2.RandomResizedCrop(size, (cfg.min_crop, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
+            crop = v2.RandomResizedCrop(size, (cfg.min_crop, 1.0), interpolation=BICUBIC)
+            transform = transform or v2.Compose([crop, v2.RandomHorizontalFlip()])
             self.workers = torch.utils.data.DataLoader(
-                _Decoding(images, transform or v2.Compose([crop, v2.RandomHorizontalFlip()]), cfg.seed),
-                batch_sampler=_Keys(self), num_workers=cfg.workers, persistent_workers=cfg.workers > 0,
+                _Decoding(images, transform, cfg.seed), batch_sampler=_Keys(self),
+                num_workers=cfg.workers, persistent_workers=cfg.workers > 0,
                 pin_memory=run.device.type == "cuda",
             )
 
-    def batches(self, step: int):
-        """Iterator over the micro-batches of the epoch in which global step `step` lies, beginning with that step."""
-        self.epoch, self.first_step = divmod(step, self.steps)
+    def batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Micro-batches of this process, from global step `step` to the end of its epoch."""
+        self.epoch, self.first = divmod(step, self.steps)
         if self.workers is None:
-            return map(self.crop, self.micro_batches())
-        device = self.run.device
-        return ((normalize(imgs.to(device, non_blocking=True)), labels.to(device)) for imgs, labels in self.workers)
+            return map(self._crop, self.indices())
+        to = functools.partial(Tensor.to, device=self.run.device, non_blocking=True)
+        return ((normalize(to(imgs)), to(labels)) for imgs, labels in self.workers)
 
-    def micro_batches(self):
-        """Yields (step in the epoch, j, image indices) of this process."""
-        run, cfg = self.run, self.cfg
-        order = torch.randperm(len(self.images), generator=seeded("order", cfg.seed, self.epoch))
-        for step in range(self.first_step, self.steps):
-            parts = order[step * cfg.batch_size : (step + 1) * cfg.batch_size].split(run.micro_batch)
+    def indices(self) -> Iterator[tuple[int, int, Tensor]]:
+        """(step of the epoch, j, image indices) of this process's micro-batches."""
+        cfg, run = self.cfg, self.run
+        generator = seeded("order", cfg.seed, self.epoch)
+        order = torch.randperm(len(self.images), generator=generator)
+        for step in range(self.first, self.steps):
+            batch = order[step * cfg.batch_size :][: cfg.batch_size]
             for j in range(run.rank * cfg.accumulate, (run.rank + 1) * cfg.accumulate):
-                yield step, j, parts[j]
+                yield step, j, batch[j * run.micro_batch :][: run.micro_batch]
 
-    def crop(self, micro_batch) -> tuple[Tensor, Tensor]:
-        step, j, index = micro_batch
-        device = self.run.device
+    def _crop(self, key: tuple[int, int, Tensor]) -> tuple[Tensor, Tensor]:
+        (step, j, index), device = key, self.run.device
         g = seeded("crop", self.cfg.seed, self.epoch, step, j, device=device)
         imgs = self.images.pixels[index.to(device)]
-        boxes = sample_crops(len(imgs), *imgs.shape[2:], (self.cfg.min_crop, 1.0), device=device, generator=g)
+        scale = (self.cfg.min_crop, 1.0)
+        boxes = sample_crops(len(imgs), *imgs.shape[2:], scale, device=device, generator=g)
         flip = torch.rand(len(imgs), device=device, generator=g) < 0.5
-        return normalize(crop_resize(imgs, boxes, self.size, flip).clamp_(0, 255)), self.images.labels[index].to(device)
+        imgs = crop_resize(imgs, boxes, self.size, flip).clamp_(0, 255)
+        return normalize(imgs), self.images.labels[index].to(device)
 
 
 class _Keys:
-    """Batch sampler of a TrainLoader's DataLoader: lists of (epoch, index)."""
+    """The batch sampler of a TrainLoader's DataLoader."""
 
     def __init__(self, loader: TrainLoader):
         self.loader = loader
 
-    def __iter__(self):
-        for _, _, index in self.loader.micro_batches():
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for _, _, index in self.loader.indices():
             yield [(self.loader.epoch, i) for i in index.tolist()]
 
 
 def eval_batches(images: Images, size: int, device, limit: int | None = None, workers: int = 0):
-    """Yields (normalised images, labels) in order, with the test-time crop: shorter side to size * 256/224, bicubic, then
-    the central size x size; images of exactly that size stay whole. At most `limit` images, evenly spaced. Under
-    torchrun each process gets its share; `gather_rows` brings results together."""
-    batch_size = 500
-    index = torch.linspace(0, len(images) - 1, min(limit or len(images), len(images))).round().long()
+    """Yields normalised images (b, 3, size, size) and labels (b,), in order, without augmentation:
+    shorter side to size * 256/224, bicubic, then the central size x size; images of just that size
+    stay whole. At most `limit` images, evenly spaced. With several processes each gets a part;
+    `gather_rows` brings results together."""
+    index = torch.arange(len(images))
+    if limit is not None and limit < len(images):
+        index = torch.linspace(0, len(images) - 1, limit, dtype=torch.float64).long()
     if dist.is_initialized():
         index = index[dist.get_rank() :: dist.get_world_size()]
-    bicubic = v2.InterpolationMode.BICUBIC
-    crop = v2.Compose([v2.Resize(round(size * 256 / 224), interpolation=bicubic), v2.CenterCrop(size)])
+    crop = v2.Compose([v2.Resize(size * 256 // 224, interpolation=BICUBIC), v2.CenterCrop(size)])
     if images.pixels is not None:
         whole = tuple(images.pixels.shape[2:]) == (size, size)
-        for part in index.split(batch_size):
+        for part in index.split(250):
             imgs = images.pixels[part.to(images.pixels.device)].to(device)
             yield normalize(imgs if whole else crop(imgs)), images.labels[part].to(device)
         return
-    loader = torch.utils.data.DataLoader(
-        _Decoding(images, crop, seed=0), sampler=[(0, i) for i in index.tolist()], batch_size=batch_size, num_workers=workers
-    )
+    keys = [(0, i) for i in index.tolist()]
+    decoding = _Decoding(images, crop, seed=0)
+    loader = torch.utils.data.DataLoader(decoding, 250, sampler=keys, num_workers=workers)
     for imgs, labels in loader:
         yield normalize(imgs.to(device)), labels.to(device)
 
 
-# ---------------------------------------------------------------------------------------- settings
+# ------------------------------------------------------------------------------ settings
 
 
 @dataclass
 class TrainConfig:
     """Settings of any training run. A trailing comment is the flag's --help text."""
 
-    data: str = "shapes"  # shapes, cifar10, cifar100, stl10, or a folder: train/ and val/, or any images
+    data: str = "shapes"  # shapes, cifar10, cifar100, stl10, or a folder (train/ + val/, or any)
     data_dir: str = "data"  # where cifar10, cifar100 and stl10 are downloaded to
     min_crop: float = 0.2  # smallest area of a random crop, as a share of the image
-    epochs: int = 10  # length of the schedule; the learning rate ends at its lowest
-    steps: int | None = None  # stop after this many optimiser steps, all files written; rerun to go on
+    epochs: int = 10  # length of the schedule: the learning rate has run out after so many
+    steps: int | None = None  # stop after so many steps, all files written; rerun to go on
     batch_size: int = 256  # images per optimiser step, over all processes and accumulations
     accumulate: int = 1  # micro-batches per step and process; raise it when memory runs out
     base_lr: float = 1.5e-4  # learning rate per 256 images: lr = base_lr * batch_size / 256
@@ -664,7 +766,7 @@ class TrainConfig:
     restart: bool = False  # start over in a folder that holds a run, instead of resuming it
     workers: int = 4  # processes that decode images, where the set does not fit in memory
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU if there is one
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU, else fp32
     compile: bool = False  # torch.compile: a slow first step, then faster; for long runs on a GPU
     seed: int = 0  # of everything random
 
@@ -679,15 +781,15 @@ class TrainConfig:
 
 @dataclass
 class Config(TrainConfig):
-    """Settings that every pre-training method has."""
+    """Settings of every pre-training method."""
 
     img_size: int = 32  # side of the training crops in pixels; a multiple of the patch size
     patch_size: int = 4  # side of a patch in pixels: 16 at 224 px, 4 at 32 px
-    size: Literal["tiny", "small", "base", "large", "huge"] = "tiny"  # width, depth and heads of the ViT
+    size: Literal["tiny", "small", "base", "large", "huge"] = "tiny"  # of the ViT
     depth: int | None = None  # encoder blocks, if not those of --size; fewer is faster
     mask_ratio: float = 0.75  # share of hidden patches
-    init_from: str | None = None  # start from encoder.pt, checkpoint.pt, or a published MAE or timm file
-    knn_every: int = 0  # kNN accuracy every so many epochs and at the end; 0 for never; needs labels
+    init_from: str | None = None  # start from an encoder.pt, checkpoint.pt, timm or MAE file
+    knn_every: int = 0  # kNN accuracy every so many epochs and at the end; 0 is never
     recon_every: int = 10  # reconstruction picture every so many epochs and at the end
 
     def check(self) -> None:
@@ -697,19 +799,21 @@ class Config(TrainConfig):
         h, w = patch_grid(self.img_size, self.patch_size)
         if not 0 < self.mask_ratio < 1 or not 0 < int(h * w * (1 - self.mask_ratio)) < h * w:
             raise UserError(
-                f"--mask-ratio {self.mask_ratio} must leave some of the {h * w} patches visible and hide some"
+                f"--mask-ratio {self.mask_ratio}: some of the {h * w} patches must stay visible "
+                "and some be hidden"
             )
         if self.init_from and not Path(self.init_from).is_file():
             raise UserError(f"--init-from {self.init_from}: no such file")
 
-    def vit(self) -> "ViT":
-        """The encoder of these settings."""
-        size = VIT_SIZES[self.size] | ({"depth": self.depth} if self.depth else {})
-        return ViT(self.img_size, self.patch_size, **size)
+    def vit(self) -> ViT:
+        """A fresh encoder of these settings."""
+        shape = VIT_SIZES[self.size] | ({"depth": self.depth} if self.depth else {})
+        return ViT(self.img_size, self.patch_size, **shape)
 
 
-# Fields that may change when a run is resumed: they say where and how it runs, not what it computes.
-RESUMABLE = {"out", "restart", "steps", "data_dir", "workers", "device", "compile", "knn_every", "recon_every"}
+# A resumed run may change these: they say where and how it runs, not what it computes.
+RESUMABLE = {"out", "restart", "steps", "data_dir", "workers", "device", "compile",
+             "knn_every", "recon_every"}  # fmt: skip
 
 
 def check_numbers(cfg, least: float, *names: str) -> None:
@@ -722,48 +826,50 @@ def check_numbers(cfg, least: float, *names: str) -> None:
 
 
 def parse(config_class: type, presets: dict[str, dict], argv: list[str] | None = None):
-    """Command line -> Config. Flags come from the dataclass's fields, their help from the trailing comments; a field
-    without default is positional. --preset (the first one by default) gives defaults for the other flags.
-    A mistake ends the program with one line and exit code 2."""
+    """Command line -> checked Config. Flags are the dataclass's fields, their help the trailing
+    comments; a field without default is positional. --preset, by default the first, changes the
+    defaults of the others. A mistake ends the program with one line and exit code 2."""
     script = Path(inspect.getfile(config_class)).stem
-    help_texts = {}
+    comments = {}
     for base in reversed(config_class.__mro__[:-1]):
-        help_texts |= dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.*)$", inspect.getsource(base), re.MULTILINE))
+        found = re.findall(r"^    (\w+): [^#\n]*# *(.*)$", inspect.getsource(base), re.MULTILINE)
+        comments.update(found)
 
     class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            self.exit(2, f"{script}: error: {message}; see --help\n")
+        def error(self, message: str):
+            self.exit(2, f"{script}.py: error: {message} (see --help)\n")
 
     parser = Parser(
-        prog=f"{script}.py", description=sys.modules[config_class.__module__].__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
+        prog=f"{script}.py", description=sys.modules[config_class.__module__].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
     )
     if presets:
-        parser.add_argument("--preset", choices=presets, help="a full set of defaults; other flags override it")
+        parser.add_argument("--preset", choices=presets, help="defaults for all other flags")
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
-        kind, optional = hints[field.name], type(None) in typing.get_args(hints[field.name])
-        if optional:
-            kind = next(t for t in typing.get_args(kind) if t is not type(None))
-        text = help_texts.get(field.name, "").replace("%", "%%")
+        text = comments[field.name].replace("%", "%%")
         if field.default is dataclasses.MISSING:
             parser.add_argument(field.name, help=text)
             continue
-        values = {name: preset.get(field.name, field.default) for name, preset in presets.items()} or {"": field.default}
-        shown = ", ".join(f"{k} {v}" for k, v in values.items()) if len({*values.values()}) > 1 else [*values.values()][0]
-        arguments = {"help": f"{text} [{shown}]" if shown is not None else text}
-        if typing.get_origin(kind) is Literal:
-            arguments["choices"] = typing.get_args(kind)
-        elif kind is bool:
-            arguments["action"] = argparse.BooleanOptionalAction
-        else:
-            arguments["type"] = kind
-            arguments["metavar"] = {int: "N", float: "X", str: "TEXT"}[kind]
-        parser.add_argument("--" + field.name.replace("_", "-"), **arguments)
+        defaults = {name: preset.get(field.name, field.default) for name, preset in presets.items()}
+        if len(set(defaults.values())) > 1:
+            text += f" [{', '.join(f'{name} {value}' for name, value in defaults.items())}]"
+        elif field.default is not None:
+            text += f" [{field.default}]"
+        kind = hints[field.name]
+        if type(None) in typing.get_args(kind):  # X | None
+            kind = next(t for t in typing.get_args(kind) if t is not type(None))
+        options = {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "TEXT")}
+        if kind is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        elif typing.get_origin(kind) is Literal:
+            options = {"choices": typing.get_args(kind)}
+        parser.add_argument(f"--{field.name.replace('_', '-')}", help=text, **options)
     values = vars(parser.parse_args(argv))
     preset = values.pop("preset", next(iter(presets), None))
     cfg = config_class(**(presets.get(preset, {}) | values))
-    if "out" in hints and cfg.out is None and preset:
+    if preset and cfg.out is None:
         cfg.out = f"runs/{script}-{preset}"
     try:
         cfg.check()
@@ -773,7 +879,7 @@ def parse(config_class: type, presets: dict[str, dict], argv: list[str] | None =
 
 
 def entry_point(main):
-    """Decorator of a script's main(cfg): a UserError becomes one line and exit code 2; processes are wound up."""
+    """Decorator of a script's main(cfg): a UserError becomes one line and exit code 2."""
 
     @functools.wraps(main)
     def wrapped(cfg):
@@ -783,7 +889,7 @@ def entry_point(main):
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(2)
         except KeyboardInterrupt:
-            print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+            print("interrupted; run the same command again to go on", file=sys.stderr, flush=True)
             sys.exit(130)
         finally:
             if dist.is_initialized():
@@ -792,107 +898,29 @@ def entry_point(main):
     return wrapped
 
 
-def read_checkpoint(path) -> dict:
-    """torch.load of tensors and primitives on the CPU; UserError if the file is missing, truncated or no checkpoint."""
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except Exception:  # zip, pickle and storage errors of many types
-        raise UserError(f"{path} is truncated or not a checkpoint") from None
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path} holds a {type(loaded).__name__}, not a checkpoint")
-    return loaded
-
-
-def split_weights(path) -> tuple[dict, dict, dict]:
-    """(encoder weights, decoder weights, ViT settings) of a file: our encoder.pt or checkpoint.pt, or a dict in the flat
-    layout of timm and of the published MAE checkpoints, whose classification head, if any, is left out."""
-    loaded = read_checkpoint(path)
-    weights = loaded.get("model", loaded)
-    if not isinstance(weights, dict) or not all(isinstance(x, Tensor) for x in weights.values()):
-        raise UserError(f"{path} holds no weights")
-    encoder, decoder = {}, {}
-    for name, value in weights.items():
-        if name.startswith("encoder."):
-            encoder[name.removeprefix("encoder.")] = value
-        elif name.startswith(("decoder.", "decoder_")):
-            decoder[name[len("decoder_") :]] = value
-        elif name == "mask_token":
-            decoder[name] = value
-        elif not name.startswith("head."):
-            encoder[name] = value
-    if missing := [k for k in ("patch_embed.proj.weight", "pos_embed") if k not in encoder]:
-        raise UserError(f"{path} is not a ViT: missing {', '.join(missing)}")
-    if "vit" in loaded:
-        return encoder, decoder, loaded["vit"]
-    embed_dim, in_chans, patch_size, _ = encoder["patch_embed.proj.weight"].shape
-    depth = len({name.split(".")[1] for name in encoder if name.startswith("blocks.")})
-    heads = {size["embed_dim"]: size["num_heads"] for size in VIT_SIZES.values()}.get(embed_dim, embed_dim // 64)
-    side = math.isqrt(encoder["pos_embed"].shape[1] - 1) * patch_size  # such files do not say: square images
-    settings = dict(img_size=side, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=heads)
-    return encoder, decoder, settings
-
-
-def load_strictly(module: nn.Module, weights: dict, path) -> None:
-    """load_state_dict that names every missing, unexpected or misshapen key in one UserError."""
-    own = module.state_dict()
-    problems = [f"missing {k}" for k in own if k not in weights] + [f"unexpected {k}" for k in weights if k not in own]
-    problems += [
-        f"{k} has shape {tuple(weights[k].shape)}, not {tuple(own[k].shape)}"
-        for k in own if k in weights and weights[k].shape != own[k].shape
-    ]
-    if problems:
-        raise UserError(f"{path} does not fit this {type(module).__name__}: {'; '.join(problems)}")
-    module.load_state_dict(weights)
-
-
-def save_encoder(path: Path, encoder: ViT, config: dict) -> None:
-    """encoder.pt: the weights under timm's names, the numbers that rebuild the ViT, and the run's settings."""
-    content = {"model": encoder.state_dict(), "vit": encoder.settings, "config": config}
-    write_atomically(path, lambda file: torch.save(content, file))
-
-
-def load_encoder(path, drop_path: float = 0.0) -> ViT:
-    """The ViT of our encoder.pt (or checkpoint.pt), or of a flat timm or published MAE file, whose decoder is ignored.
-    Every missing, unexpected or misshapen key is an error."""
-    encoder, _, settings = split_weights(path)
-    vit = ViT(**settings, drop_path=drop_path)
-    load_strictly(vit, encoder, path)
-    return vit
-
-
-def init_from(path, encoder: ViT, decoder: nn.Module) -> None:
-    """Load a file's weights into the encoder and, if the file has one, the decoder; all keys must fit."""
-    encoder_weights, decoder_weights, _ = split_weights(path)
-    load_strictly(encoder, encoder_weights, path)
-    if decoder_weights:
-        load_strictly(decoder, decoder_weights, path)
-    else:
-        print(f"{path} has no decoder; the decoder starts from random weights")
-
-
-# ---------------------------------------------------------------------------------------- a training run
+# ------------------------------------------------------------------------------ a training run
 
 
 def pick_device(name: str) -> torch.device:
     """The device of this process for --device auto, cpu or cuda."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: there is no usable CUDA device; --device cpu works everywhere")
+        raise UserError("--device cuda: no usable CUDA device here; --device cpu works everywhere")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
-def warmup_cosine(step: float, total: float, warmup: float, peak: float, floor: float = 0.0) -> float:
-    """Learning rate of a step: linear from 0 to `peak` over `warmup` steps, then half a cosine to `floor` at `total`."""
+def warmup_cosine(step: float, total: float, warmup: float, peak: float, floor=0.0) -> float:
+    """Learning rate of a step: linear from 0 to `peak` in `warmup` steps, then half a cosine down
+    to `floor` at step `total`."""
     if step < warmup:
         return peak * step / warmup
-    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+    progress = (step - warmup) / (total - warmup)
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Trainable parameters in two groups: matrices with weight decay, biases and LayerNorm (1-D) without."""
+    """Trainable parameters in two groups: weight decay, but none for biases and LayerNorm (1-D)."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
@@ -901,22 +929,21 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def gather_rows(x: Tensor) -> Tensor:
-    """Rows of all processes, in order of rank; the processes may have different numbers of rows. No gradient."""
+    """The rows of all processes, by rank; their numbers may differ. No gradient."""
     if not dist.is_initialized():
         return x
     counts = [None] * dist.get_world_size()
     dist.all_gather_object(counts, len(x))
-    padded = x.new_zeros(max(counts), *x.shape[1:])
-    padded[: len(x)] = x
+    padded = F.pad(x, (0, 0) * (x.ndim - 1) + (0, max(counts) - len(x)))
     parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:count] for part, count in zip(parts, counts)])
+    dist.all_gather(parts, padded.contiguous())
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
 @torch.no_grad()
 def extract_features(encoder: ViT, loader, pool: str = "cls") -> tuple[Tensor, Tensor]:
-    """Features (M, D) fp32 and labels (M,) of all (images, labels) of `loader`, encoder in eval mode, nothing hidden.
-    pool: "cls" token, or "mean" of the patch tokens, both after the final norm."""
+    """Features (M, D) fp32 and labels (M,) of the (images, labels) of `loader`: encoder in eval
+    mode, nothing hidden; "cls" token or "mean" of the patch tokens, after the final norm."""
     training = encoder.training
     encoder.eval()
     features, labels = [], []
@@ -928,41 +955,42 @@ def extract_features(encoder: ViT, loader, pool: str = "cls") -> tuple[Tensor, T
     return torch.cat(features), torch.cat(labels)
 
 
-def knn_scores(train_features, train_labels, test_features, k=20, temperature=0.07, num_classes=None) -> Tensor:
-    """Weighted kNN votes (N, num_classes): each of the k nearest training features, by cosine, adds exp(cosine / T) to its
-    class (Wu et al. 2018, as used by DINO). train_features (M, D), train_labels (M,), test_features (N, D)."""
+def knn_scores(train_features: Tensor, train_labels: Tensor, test_features: Tensor, k: int = 20,
+               temperature: float = 0.07, num_classes: int | None = None) -> Tensor:
+    """Class votes (N, num_classes) of weighted kNN: each of the k training features nearest by
+    cosine adds exp(cosine / temperature) to its class (Wu et al. 2018, as in DINO).
+
+    train_features (M, D), train_labels (M,), test_features (N, D). Memory does not grow with N."""
     k = min(k, len(train_features))
     num_classes = num_classes or int(train_labels.max()) + 1
-    train = F.normalize(train_features, dim=1).T
-    scores = []
-    for test in test_features.split(max(1, (1 << 26) // train.shape[1])):  # at most 256 MB of similarities at once
-        similarity, index = (F.normalize(test, dim=1) @ train).topk(k, dim=1)
+    train, scores = F.normalize(train_features, dim=1).T, []
+    for test in test_features.split(max(1, (1 << 26) // len(train_features))):  # 256 MB of cosines
+        cosine, index = (F.normalize(test, dim=1) @ train).topk(k, dim=1)
         votes = torch.zeros(len(test), num_classes, device=test.device)
-        scores.append(votes.scatter_add_(1, train_labels[index], (similarity / temperature).exp()))
+        scores.append(votes.scatter_add_(1, train_labels[index], (cosine / temperature).exp()))
     return torch.cat(scores)
 
 
 def save_grid(path: Path, rows: dict[str, Tensor]) -> None:
-    """PNG with one labelled row of images per entry: label -> (N, 3, H, W) in 0..1. Small images are enlarged."""
-    side = next(iter(rows.values())).shape[-1]
-    zoom, label_height, gap = max(1, 96 // side), 18, 4
+    """PNG with one labelled row per entry, label -> images (N, 3, H, W) in 0..1; small ones are
+    enlarged to about 100 pixels."""
     strips = []
     for label, imgs in rows.items():
-        tile = torchvision.utils.make_grid(imgs.cpu().repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), len(imgs), gap, pad_value=1)
-        strip = F.pad(tile, (0, 0, label_height, 0), value=1.0)
-        picture = v2.functional.to_pil_image(strip)
-        ImageDraw.Draw(picture).text((gap, 4), label, fill="black")
+        zoom = max(1, 100 // imgs.shape[-1])
+        imgs = F.interpolate(imgs.cpu(), scale_factor=zoom, mode="nearest")
+        strip = torchvision.utils.make_grid(imgs, nrow=len(imgs), padding=4, pad_value=1)
+        picture = v2.functional.to_pil_image(F.pad(strip, (0, 0, 16, 0), value=1.0))
+        ImageDraw.Draw(picture).text((4, 3), label, fill="black")
         strips.append(v2.functional.pil_to_tensor(picture))
     grid = v2.functional.to_pil_image(torch.cat(strips, dim=1))
     write_atomically(path, lambda file: grid.save(file, format="png"))
 
 
 def write_atomically(path: Path, write, keep: Path | None = None) -> None:
-    """`write(file)` to a temporary name, then rename, so that `path` is whole at every moment; an existing `path` is
-    renamed to `keep` first, if given. UserError if the disk is full or the folder cannot be written."""
+    """write(file) to a temporary name, then rename: `path` is whole at every moment. The one before
+    is kept as `keep`, if given. UserError if the disk is full or the folder read-only."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
@@ -970,51 +998,64 @@ def write_atomically(path: Path, write, keep: Path | None = None) -> None:
         if keep and path.exists():
             os.replace(path, keep)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        try:
+    except (OSError, RuntimeError) as error:  # RuntimeError is torch.save's for a full disk
+        with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        except OSError:
-            pass
-        raise UserError(f"could not write {path}: {str(error).splitlines()[0]}; what was there before is intact") from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"could not write {path}: {reason}; earlier files are intact") from error
+
+
+def git_hash() -> str:
+    """Short hash of the checkout that this file lies in, or "unknown"."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    with suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    return "unknown"
 
 
 class Run:
-    """One training run: its processes and device, its folder, its random numbers, its logs. A script's loop reads
+    """One training run: its processes and device, its folder, its random numbers, its logs.
 
-        for epoch in run.epochs():
+        run.start(loader, val, model=model, optimizer=optimizer)    # resumes
+        ddp = run.wrap(model)
+        for _ in run.epochs():
             for micro_batches in run.steps():
+                run.set_lr(optimizer)
                 for imgs, labels in micro_batches:
-                    with run.forward(model):
+                    with run.forward(ddp):
                         loss = ...
                     run.backward(loss)
                     run.log(loss=loss)
                 run.update(optimizer)
-            run.end_epoch(...)
+            run.end_epoch(model.encoder)                            # logs, measures, saves
+        run.finish()
 
-    All random numbers of a step derive from (seed, step, rank, micro-batch) when the step begins, so a run that is
-    stopped and resumed repeats the uninterrupted one; on the CPU, bit for bit."""
+    The random numbers of every forward pass derive from (seed, step, micro-batch) at that moment,
+    so a run that was stopped and resumed repeats the uninterrupted one; on the CPU, bit for bit."""
 
-    def __init__(self, cfg):
-        self.cfg = cfg
+    def __init__(self, cfg: TrainConfig):
+        self.cfg, self.folder = cfg, Path(cfg.out)
         self.script = Path(inspect.getfile(type(cfg))).name
-        self.folder = Path(cfg.out)
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if cfg.batch_size % (self.world * cfg.accumulate):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        parts = self.world * cfg.accumulate
+        if cfg.batch_size % parts:
             raise UserError(
-                f"--batch-size {cfg.batch_size} is not divisible by {self.world} processes x --accumulate {cfg.accumulate}"
+                f"--batch-size {cfg.batch_size} is not divisible by {self.world} processes x "
+                f"--accumulate {cfg.accumulate}"
             )
-        self.micro_batch = cfg.batch_size // (self.world * cfg.accumulate)
+        self.micro_batch = cfg.batch_size // parts
         self.device = pick_device(cfg.device)
-        if self.device.type == "cuda":
+        cuda = self.device.type == "cuda"
+        if cuda:
             torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        self.precision = cfg.precision
-        if cfg.precision == "auto":
-            self.precision = "fp32" if self.device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-        self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+            dist.init_process_group("nccl" if cuda else "gloo")
+        automatic = "fp32" if not cuda else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        self.precision = automatic if cfg.precision == "auto" else cfg.precision
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        torch.set_float32_matmul_precision("high")  # fp32 matrix products may use TF32
+        torch.set_float32_matmul_precision("high")  # fp32 products may use TF32 on a GPU
         torch.manual_seed(random_seed("init", cfg.seed))
         self.step, self.micro, self.lr = 0, 0, 0.0
         self.knn_before = self.knn_after = None
@@ -1024,44 +1065,49 @@ class Run:
         if self.rank == 0:
             print(text, flush=True)
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model to call in the loop: compiled in place, with gradients averaged over processes."""
-        if self.cfg.compile:
-            model.compile()  # in place: state_dict keeps its names
-        if self.world == 1:
-            return model
-        return nn.parallel.DistributedDataParallel(model, [self.device] if self.device.type == "cuda" else None)
-
     def start(self, loader: TrainLoader, val: Images | None = None, **parts) -> None:
-        """Take the data and everything that has a state (model=…, optimizer=…), restore it from the folder's checkpoint
-        if there is one, and print what is about to happen."""
-        cfg, self.loader, self.val, self.parts = self.cfg, loader, val, parts
-        self.last_step = min(cfg.steps or math.inf, cfg.epochs * loader.steps)
-        self.checkpoint, self.previous = self.folder / "checkpoint.pt", self.folder / "checkpoint.prev.pt"
-        if self.world > 1:
-            dist.barrier()  # nobody writes before all have looked
+        """Take the data and everything that has a state (model=, optimizer=, ...); restore it from
+        the folder's checkpoint, if there is one; print what is about to happen."""
+        cfg, self.loader, self.parts = self.cfg, loader, parts
+        self.val = val if loader.images.classes else None
+        self.total = cfg.epochs * loader.steps
+        self.last_step = min(cfg.steps or self.total, self.total)
+        self.warmup = min(cfg.warmup_epochs, cfg.epochs / 5) * loader.steps
+        self.peak_lr = cfg.base_lr * cfg.batch_size / 256 if cfg.lr is None else cfg.lr
+        self.checkpoint = self.folder / "checkpoint.pt"
+        self.previous = self.folder / "checkpoint.prev.pt"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {self.folder}: {error}") from error
         if cfg.restart and self.rank == 0:
             for path in (self.checkpoint, self.previous, self.folder / "metrics.jsonl"):
                 path.unlink(missing_ok=True)
         if not cfg.restart:
             self._resume()
         if self.world > 1:
-            dist.barrier()
-        self.warmup_steps = min(cfg.warmup_epochs, cfg.epochs / 5) * loader.steps
-        self.peak_lr = cfg.lr if cfg.lr is not None else cfg.base_lr * cfg.batch_size / 256
-        parameters = sum(p.numel() for p in parts["model"].parameters())
-        lr = f"lr {self.peak_lr:.3g}" + ("" if cfg.lr is not None else f" = {cfg.base_lr:g} x {cfg.batch_size} / 256")
-        where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+            dist.barrier()  # nobody writes before all have read
+
+        cuda = self.device.type == "cuda"
+        threads = f"cpu ({torch.get_num_threads()} threads)"
+        device = torch.cuda.get_device_name() if cuda else threads
+        count = sum(p.numel() for p in parts["model"].parameters()) / 1e6
+        rule = f" = {cfg.base_lr:g} x {cfg.batch_size} / 256" if cfg.lr is None else ""
         self.print(
-            f"{self.script}: {parameters / 1e6:.2f} M parameters · {where} · {self.precision} · torch {torch.__version__} · git {git_hash()}\n"
-            f"data    {cfg.data}: {len(loader.images)} images = {loader.steps} steps an epoch, {cfg.epochs * loader.steps} steps in {cfg.epochs} epochs\n"
-            f"batch   {cfg.batch_size} = {self.world} processes x {cfg.accumulate} accumulated x {self.micro_batch}\n"
-            f"rate    {lr}, warm-up {self.warmup_steps:g} steps, cosine to 0\n"
-            f"folder  {self.folder}" + (f", resuming after step {self.step}" if self.step else "")
+            f"{self.script} · {count:.2f} M parameters · {device} · {self.precision} · "
+            f"torch {torch.__version__} · git {git_hash()}\n"
+            f"  data    {cfg.data}: {len(loader.images)} images, {loader.steps} steps an epoch, "
+            f"{self.total} steps in {cfg.epochs} epochs\n"
+            f"  batch   {cfg.batch_size} = {self.world} processes x {cfg.accumulate} accumulated x "
+            f"{self.micro_batch}\n"
+            f"  lr      {self.peak_lr:.3g}{rule}; {self.warmup:g} steps of warm-up, then cosine\n"
+            f"  folder  {self.folder}" + (f", resumed after step {self.step}" if self.step else "")
         )
         if self.step >= self.last_step:
             self.print(f"nothing left to do: step {self.step} is done; --restart starts over")
-        if val is not None and cfg.knn_every and self.step == 0:
+        if getattr(cfg, "knn_every", 0) and self.val is None:
+            self.print("  no kNN: that takes labels, class folders in train/ and val/")
+        elif self.val is not None and cfg.knn_every and self.step == 0:
             self.knn_before = self.knn(parts["model"].encoder)
 
     def _resume(self) -> None:
@@ -1071,148 +1117,182 @@ class Run:
         try:
             state = read_checkpoint(path)
         except UserError as error:
-            hint = f"{self.previous.name} is the one before, rename it to go on from there, or " if self.previous.exists() else ""
-            raise UserError(f"{error}; {hint}start over with --restart") from None
+            older = f"delete it to go on from {self.previous.name}, or "
+            older = older if path != self.previous and self.previous.exists() else ""
+            raise UserError(f"{error}; {older}start over with --restart") from None
         if state.get("script") != self.script:
-            raise UserError(f"{path} was written by {state.get('script', 'another program')}, not {self.script}; choose another --out")
-        mine, theirs = ({k: v for k, v in c.items() if k not in RESUMABLE} for c in (dataclasses.asdict(self.cfg), state["config"]))
-        if differ := [k for k in mine | theirs if mine.get(k) != theirs.get(k)]:
-            changes = ", ".join(f"{k} {theirs.get(k)} (now {mine.get(k)})" for k in differ)
-            raise UserError(f"{self.folder} holds a run with other settings: {changes}; choose another --out, or --restart")
+            author = state.get("script", "another program")
+            raise UserError(f"{path} is by {author}, not {self.script}; choose another --out")
+        new, old = dataclasses.asdict(self.cfg), state["config"]
+        differ = [k for k in new | old if k not in RESUMABLE and new.get(k) != old.get(k)]
+        if differ:
+            changes = ", ".join(f"{k} was {old.get(k)}, now {new.get(k)}" for k in differ)
+            raise UserError(f"{path} has other settings: {changes}; use another --out or --restart")
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.knn_before = state["step"], state["knn_before"]
 
-    def epochs(self):
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model to call in the loop: compiled in place, gradients averaged over processes."""
+        if self.cfg.compile:
+            model.compile()  # in place, so that the names in state_dict stay clean
+        if self.world == 1:
+            return model
+        devices = [self.device] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=devices)
+
+    def epochs(self) -> Iterator[int]:
         """The epochs that are still to do, counted from 1."""
         while self.step < self.last_step:
             self.epoch = self.step // self.loader.steps + 1
             yield self.epoch
 
-    def steps(self):
-        """The rest of the epoch, step by step; each is an iterator over the step's micro-batches."""
+    def steps(self) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+        """The epoch's steps that are still to do; each is an iterator over its micro-batches."""
         first, end = self.step, min(self.epoch * self.loader.steps, self.last_step)
         batches = self.loader.batches(first)
         self.sums, self.waited, begin = {}, 0.0, time.perf_counter()
-        with tqdm(total=end - first, desc=f"epoch {self.epoch}/{self.cfg.epochs}", disable=True if self.rank else None) as bar:
+        # Reading values waits for the GPU, so there it is done for several steps at once.
+        every = self.cfg.accumulate * (1 if self.device.type == "cpu" else 20)
+        title = f"epoch {self.epoch}/{self.cfg.epochs}"
+        with tqdm(total=end - first, desc=title, disable=True if self.rank > 0 else None) as bar:
             while self.step < end:
-                yield self._take(batches)
+                yield self._micro_batches(batches)
                 self.step += 1
-                if self.step == end or len(self.pending) >= (1 if self.device.type == "cpu" else 20) * self.cfg.accumulate:
-                    means = self._flush()
-                    seconds = time.perf_counter() - begin
-                    self.speed = {
-                        "images_per_s": round((self.step - first) * self.cfg.batch_size / seconds, 1),
-                        "data_wait": round(self.waited / seconds, 4),
-                    }
-                    bar.set_postfix(loss=f"{means['loss']:.4f}", lr=f"{self.lr:.2e}", **self.speed, refresh=False)
                 bar.update()
+                if self.step == end or len(self.pending) >= every:
+                    loss, seconds = self._read_pending(), time.perf_counter() - begin
+                    images = (self.step - first) * self.cfg.batch_size
+                    self.speed = {"images_per_s": round(images / seconds, 1),
+                                  "data_wait": round(self.waited / seconds, 4)}  # fmt: skip
+                    bar.set_postfix(loss=f"{loss:.4f}", lr=f"{self.lr:.2e}", **self.speed)
 
-    def _take(self, batches):
-        for self.micro in range(self.cfg.accumulate):
-            begin = time.perf_counter()
+    def _micro_batches(self, batches: Iterator) -> Iterator[tuple[Tensor, Tensor]]:
+        for micro in range(self.cfg.accumulate):
+            self.micro, begin = micro, time.perf_counter()
             batch = next(batches)
             self.waited += time.perf_counter() - begin
             yield batch
 
+    def set_lr(self, optimizer, floor: float = 0.0) -> None:
+        """This step's learning rate, times a group's own "lr_scale" if it has one."""
+        self.lr = warmup_cosine(self.step, self.total, self.warmup, self.peak_lr, floor)
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr * group.get("lr_scale", 1.0)
+
     @contextmanager
     def forward(self, model: nn.Module):
-        """Around a micro-batch's forward pass and loss: seeds, autocast, and no gradient exchange before the last one."""
-        torch.manual_seed(random_seed("model", self.cfg.seed, self.step, self.rank * self.cfg.accumulate + self.micro))
-        exchange = self.world == 1 or self.micro == self.cfg.accumulate - 1
-        with nullcontext() if exchange else model.no_sync():
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-                yield
+        """Around the forward pass and loss of a micro-batch: seeds, autocast, and no exchange of
+        gradients before the last micro-batch of a step."""
+        number = self.rank * self.cfg.accumulate + self.micro
+        torch.manual_seed(random_seed("model", self.cfg.seed, self.step, number))
+        last = self.micro == self.cfg.accumulate - 1
+        with nullcontext() if last or self.world == 1 else model.no_sync(), self.autocast():
+            yield
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss / self.cfg.accumulate).backward()
 
-    def set_lr(self, optimizer, floor: float = 0.0) -> None:
-        """This step's learning rate; a group's "lr_scale", if it has one, multiplies it."""
-        total = self.cfg.epochs * self.loader.steps
-        self.lr = warmup_cosine(self.step, total, self.warmup_steps, self.peak_lr, floor)
-        for group in optimizer.param_groups:
-            group["lr"] = self.lr * group.get("lr_scale", 1.0)
-
     def update(self, optimizer) -> None:
-        """Clip, optimiser step, gradients to None."""
-        if self.cfg.clip_grad:
+        """Clip, step, and clear the gradients."""
+        if self.cfg.clip_grad is not None:
             self.scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], self.cfg.clip_grad)
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, self.cfg.clip_grad)
         self.scaler.step(optimizer)
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
     def log(self, **values: Tensor) -> None:
-        """Values of a micro-batch under their names, `loss` (the total) among them; metrics.jsonl gets their means."""
-        self.pending.append((self.step, {name: value.detach().float() for name, value in values.items()}))
+        """Scalars of a micro-batch, with `loss`, the total; metrics.jsonl has their means."""
+        self.pending.append((self.step, {name: x.detach() for name, x in values.items()}))
 
-    def _flush(self) -> dict[str, float]:
-        """Read the pending values from the device (one wait for all), stop if one is not finite; means so far."""
-        numbers = torch.stack([torch.stack([*values.values()]) for _, values in self.pending]).tolist()
-        for (step, values), row in zip(self.pending, numbers):
-            if not all(map(math.isfinite, row)):
-                terms = ", ".join(f"{name} {x:g}" for name, x in zip(values, row))
-                good = f"the last good checkpoint is {self.checkpoint}" if self.checkpoint.exists() else "there is no checkpoint yet"
-                raise UserError(f"not finite at step {step}: {terms} (lr {self.lr:.3g}, {self.precision}); {good}; try a lower --lr or --clip-grad 1")
-            for name, x in zip(values, row):
+    def _read_pending(self) -> float:
+        """Add pending values to the epoch's sums; stop if one is not finite. Mean loss so far."""
+        flat = torch.stack([x.float() for _, values in self.pending for x in values.values()])
+        numbers = iter(flat.tolist())
+        for step, values in self.pending:
+            row = {name: next(numbers) for name in values}
+            if not all(map(math.isfinite, row.values())):
+                terms = ", ".join(f"{name} {x:g}" for name, x in row.items())
+                good = f"last good checkpoint: {self.checkpoint}"
+                good = good if self.checkpoint.exists() else "no checkpoint yet"
+                raise UserError(
+                    f"not finite at step {step}: {terms} (lr {self.lr:.3g}, {self.precision}); "
+                    f"{good}; try a lower --lr, --clip-grad 1 or --precision fp32"
+                )
+            for name, x in row.items():
                 total, count = self.sums.get(name, (0.0, 0))
                 self.sums[name] = (total + x, count + 1)
         self.pending = []
-        return {name: total / count for name, (total, count) in self.sums.items()}
+        total, count = self.sums["loss"]
+        return total / count
 
     def end_epoch(self, encoder: ViT | None = None, picture=None, **results: float) -> None:
-        """Log the epoch with its `results`, measure kNN and draw the picture when they are due, save everything.
-        `picture()` gives the rows of `save_grid`."""
+        """Log the epoch, with `results` if any; measure kNN and draw the picture if they are due;
+        save the checkpoint and the encoder. `picture()` gives the rows of `save_grid`."""
         cfg, last = self.cfg, self.step >= self.last_step
-        means = torch.tensor([total / count for total, count in self.sums.values()], device=self.device)
+        means = [total / count for total, count in self.sums.values()]
+        means = torch.tensor(means, device=self.device) / self.world
         if self.world > 1:
             dist.all_reduce(means)
-        metrics = {"epoch": self.epoch, "step": self.step, **dict(zip(self.sums, (means / self.world).tolist()))}
+        metrics = {"epoch": self.epoch, "step": self.step}
+        metrics |= dict(zip(self.sums, means.tolist(), strict=True))
         metrics |= {"lr": self.lr, **self.speed, **results}
-        if encoder and cfg.knn_every and (last or self.epoch % cfg.knn_every == 0):
+        if self.val is not None and cfg.knn_every and (last or self.epoch % cfg.knn_every == 0):
             metrics["knn"] = self.knn_after = self.knn(encoder)
-        if self.rank:
+        if self.rank > 0:
             return
         if picture and (last or self.epoch % cfg.recon_every == 0):
             torch.manual_seed(random_seed("picture", cfg.seed))  # the same masks every time
             save_grid(self.folder / f"recon_{self.epoch:04d}.png", picture())
-        self.print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
+        words = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
+        self.print("  ".join(words))
         config = dataclasses.asdict(cfg)
-        state = {"script": self.script, "config": config, "step": self.step, "epoch": self.step / self.loader.steps,
-                 "knn_before": self.knn_before, "scaler": self.scaler.state_dict()}
+        state = {"script": self.script, "config": config, "step": self.step, "epoch": self.epoch,
+                 "knn_before": self.knn_before, "scaler": self.scaler.state_dict()}  # fmt: skip
         state |= {name: part.state_dict() for name, part in self.parts.items()}
-        write_atomically(self.folder / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
-        write_atomically(self.folder / "metrics.jsonl", lambda file: file.write(self.metrics_lines(metrics).encode()))
+        lines = [*self._earlier_metrics(), json.dumps(metrics)]
+        self._write_text("config.json", json.dumps(config, indent=2))
+        self._write_text("metrics.jsonl", "\n".join(lines))
         write_atomically(self.checkpoint, lambda file: torch.save(state, file), keep=self.previous)
         if encoder:
             save_encoder(self.folder / "encoder.pt", encoder, config)
 
-    def metrics_lines(self, metrics: dict) -> str:
-        """metrics.jsonl with the new line; lines of a part that is being repeated after a resume make way."""
+    def _earlier_metrics(self) -> list[str]:
+        """Lines of metrics.jsonl before this step: a resumed run repeats what it logged since."""
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
-        return "".join(f"{line}\n" for line in lines if json.loads(line)["step"] < self.step) + json.dumps(metrics) + "\n"
+        return [line for line in lines if json.loads(line)["step"] < self.step]
+
+    def _write_text(self, name: str, text: str) -> None:
+        write_atomically(self.folder / name, lambda file: file.write(f"{text}\n".encode()))
 
     def knn(self, encoder: ViT) -> float:
-        """Top-1 accuracy in % of weighted 20-NN on the cls feature, as a monitor: 1000 validation against 5000 training
-        images, evenly spaced. eval_linear.py --mode knn uses all."""
+        """A monitor: top-1 in % of weighted 20-NN on the cls feature, 1000 validation images among
+        5000 training images. eval_linear.py --mode knn uses all of them."""
         sets = []
         for images, limit in ((self.loader.images, 5000), (self.val, 1000)):
             batches = eval_batches(images, self.cfg.img_size, self.device, limit, self.cfg.workers)
-            features, labels = map(gather_rows, extract_features(encoder, batches))
+            with self.autocast():
+                features, labels = map(gather_rows, extract_features(encoder, batches))
             sets += [features[labels >= 0], labels[labels >= 0]]
-        scores = knn_scores(sets[0], sets[1], sets[2])
-        return 100 * (scores.argmax(dim=1) == sets[3]).float().mean().item()
+        train_features, train_labels, features, labels = sets
+        guesses = knn_scores(train_features, train_labels, features).argmax(dim=1)
+        return 100 * (guesses == labels).float().mean().item()
 
     def finish(self) -> None:
         """Say what was left out, what came out, and what to do next."""
-        if skipped := int(self.loader.images.unreadable.sum()):
-            self.print(f"{skipped} of {len(self.loader.images)} images could not be read; others took their place")
+        images = self.loader.images
+        if skipped := int(images.unreadable.sum()):
+            self.print(f"skipped {skipped} unreadable of {len(images)} images; others stood in")
         if self.knn_after is not None:
             before = "" if self.knn_before is None else f" (before training {self.knn_before:.1f})"
             self.print(f"kNN top-1 {self.knn_after:.1f}{before}")
-        self.print(f"pictures and encoder.pt are in {self.folder}")
-        if self.loader.images.classes:
+        self.print(f"pictures, logs and encoder.pt are in {self.folder}")
+        if images.classes:
             self.print(f"next: python eval_linear.py {self.folder} --baseline")

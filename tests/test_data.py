@@ -1,0 +1,250 @@
+"""Images, crops and loaders against torchvision and slow versions."""
+
+import pickle
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import write_images
+from PIL import Image
+from torch.nn import functional as F
+from torchvision.transforms import v2
+
+import common
+from common import UserError
+
+
+def make_loader(images, batch_size=8, accumulate=1, rank=0, world=1, workers=0):
+    cfg = SimpleNamespace(batch_size=batch_size, accumulate=accumulate, seed=0, data="x",
+                          min_crop=0.2, workers=workers)  # fmt: skip
+    run = SimpleNamespace(rank=rank, world=world, device=torch.device("cpu"),
+                          micro_batch=batch_size // world // accumulate)  # fmt: skip
+    return common.TrainLoader(images, cfg, run, size=16)
+
+
+def test_shapes_are_reproducible_balanced_and_not_given_away_by_colour():
+    imgs, labels = common.draw_shapes(2000, 32, seed=0)
+    again, _ = common.draw_shapes(2000, 32, seed=0)
+    other, _ = common.draw_shapes(2000, 32, seed=1)
+    assert torch.equal(imgs, again) and not torch.equal(imgs, other)
+    assert imgs.shape == (2000, 3, 32, 32) and imgs.dtype == torch.uint8
+    assert torch.bincount(labels, minlength=10).min() > 140
+    # The best guess from the mean colour of an image, by nearest neighbour, is near chance (10 %).
+    colour = imgs.float().mean((2, 3))
+    nearest = torch.cdist(colour[1000:], colour[:1000]).argmin(1)
+    assert (labels[:1000][nearest] == labels[1000:]).float().mean() < 0.2
+
+
+@pytest.mark.parametrize("height, width, size", [(32, 32, 32), (20, 31, 24), (40, 24, 8)])
+def test_crop_resize_equals_torch_on_each_crop(height, width, size):
+    g = torch.Generator().manual_seed(0)
+    imgs = torch.randint(0, 256, (40, 3, height, width), generator=g).to(torch.uint8)
+    boxes = common.sample_crops(40, height, width, (0.1, 1.0), generator=g)
+    flip = torch.rand(40, generator=g) < 0.5
+    got = common.crop_resize(imgs, boxes, size, flip)
+    for i, (top, left, h, w) in enumerate(boxes.tolist()):
+        crop = imgs[i : i + 1, :, top : top + h, left : left + w].float()
+        expected = F.interpolate(crop, (size, size), mode="bicubic", antialias=True)
+        expected = expected.flip(3) if flip[i] else expected
+        torch.testing.assert_close(got[i : i + 1], expected, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("height, width, scale", [(32, 32, (0.2, 1.0)), (20, 60, (0.5, 1.0))])
+def test_crops_are_distributed_as_torchvision_s(height, width, scale):
+    torch.manual_seed(0)
+    ours = common.sample_crops(8000, height, width, scale).double()
+    image, ratio = torch.zeros(3, height, width), [3 / 4, 4 / 3]
+    params = torchvision.transforms.RandomResizedCrop.get_params
+    theirs = torch.tensor([params(image, list(scale), ratio) for _ in range(8000)]).double()
+    assert (ours[:, :2] >= 0).all() and (ours[:, 2:] > 0).all()
+    assert (ours[:, 0] + ours[:, 2] <= height).all() and (ours[:, 1] + ours[:, 3] <= width).all()
+    error = (ours.var(0) / 8000 + theirs.var(0) / 8000).sqrt()
+    assert ((ours.mean(0) - theirs.mean(0)).abs() < 4.5 * error + 1e-9).all()
+    torch.testing.assert_close(ours.std(0), theirs.std(0), rtol=0.06, atol=0.05)
+    grid = torch.linspace(0.05, 0.95, 10).double()
+    torch.testing.assert_close(ours.quantile(grid, 0), theirs.quantile(grid, 0), atol=1.01, rtol=0)
+
+
+def test_the_fallback_crop_is_torchvision_s():
+    for height, width in ((10, 100), (100, 10)):
+        box = common.sample_crops(1, height, width, (1.0, 1.0))[0].tolist()
+        image = torch.zeros(3, height, width)
+        params = torchvision.transforms.RandomResizedCrop.get_params
+        assert box == list(params(image, [1.0, 1.0], [3 / 4, 4 / 3]))
+
+
+def test_normalize_and_back():
+    imgs = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    for c, (mean, std) in enumerate(zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)):
+        expected = (imgs[:, c] / 255 - mean) / std
+        torch.testing.assert_close(common.normalize(imgs)[:, c], expected, atol=1e-5, rtol=1e-5)
+    back = common.denormalize(common.normalize(imgs))
+    torch.testing.assert_close(back, imgs / 255, atol=1e-5, rtol=0)
+
+
+def test_an_epoch_sees_every_image_once_and_processes_share_it():
+    images = common.load_images("shapes", "val", 16)
+    whole = make_loader(images, batch_size=100)
+    list(whole.batches(0))
+    keys = list(whole.indices())
+    assert len(keys) == 40 and sorted(torch.cat([k[2] for k in keys]).tolist()) == list(range(4000))
+    # Two processes see what one process with two accumulated micro-batches sees.
+    one = list(make_loader(images, batch_size=100, accumulate=2).batches(0))
+    two = [make_loader(images, batch_size=100, rank=r, world=2).batches(0) for r in range(2)]
+    for i, pair in enumerate(zip(*two, strict=True)):
+        for (imgs, labels), expected in zip(pair, one[2 * i : 2 * i + 2], strict=True):
+            assert torch.equal(imgs, expected[0]) and torch.equal(labels, expected[1])
+    second = list(make_loader(images, batch_size=100).batches(40))
+    assert not torch.equal(second[0][1], next(whole.batches(0))[1])
+
+
+@pytest.mark.parametrize("path", ["memory", "files"])
+def test_a_loader_started_in_mid_epoch_goes_on_where_it_was(path, shapes_folder, monkeypatch):
+    if path == "files":
+        monkeypatch.setattr(common, "RESIDENT_BYTES", 0)
+    images = common.load_images(str(shapes_folder), "train", 16)
+    assert (images.pixels is None) == (path == "files")
+    loader = make_loader(images)
+    every = list(loader.batches(8))  # the second epoch of 8 steps
+    for workers in (0, 2) if path == "files" else (0,):
+        rest = list(make_loader(images, workers=workers).batches(8 + 3))
+        assert len(rest) == 5
+        for (a, x), (b, y) in zip(every[3:], rest, strict=True):
+            assert torch.equal(a, b) and torch.equal(x, y)
+
+
+def test_labels_follow_their_images(shapes_folder, monkeypatch):
+    resident = common.load_images(str(shapes_folder), "train", 16)
+    monkeypatch.setattr(common, "RESIDENT_BYTES", 0)
+    files = common.load_images(str(shapes_folder), "train", 16)
+    for i in range(len(files)):
+        image, label = files.pil(i)
+        assert files.classes[label] == files.paths[i].parent.name
+        assert torch.equal(v2.functional.pil_to_tensor(image), resident.pixels[i])
+        assert label == resident.labels[i]
+
+
+def test_eval_batches_equal_torchvision_s_test_crop(tmp_path):
+    write_images(tmp_path, 3, 40, seed=0, labelled=False)
+    images = common.load_images(str(tmp_path), "train", 24)
+    got = torch.cat([x for x, _ in common.eval_batches(images, 24, "cpu")])
+    for i, path in enumerate(sorted(tmp_path.iterdir())):
+        image = Image.open(path).resize((27, 27), Image.BICUBIC)  # 27 = 24 * 256 / 224
+        expected = v2.functional.pil_to_tensor(image.crop((2, 2, 26, 26)))
+        difference = common.denormalize(got[i : i + 1])[0] * 255 - expected
+        assert difference.abs().max() < 3 and difference.abs().mean() < 0.5
+    whole = torch.cat([x for x, _ in common.eval_batches(images, 40, "cpu")])
+    torch.testing.assert_close(whole, common.normalize(images.pixels))
+    some = [y for _, y in common.eval_batches(images, 40, "cpu", limit=2)]
+    assert sum(map(len, some)) == 2
+
+
+# ------------------------------------------------------------------------------ folders
+
+
+def test_a_broken_file_is_named_once_counted_and_replaced(tmp_path, capfd, monkeypatch):
+    write_images(tmp_path, 16, 16, seed=0, labelled=False)
+    broken = sorted(tmp_path.iterdir())[5]
+    broken.write_bytes(broken.read_bytes()[:200])
+    (tmp_path / "0005b.jpg").write_text("no image")
+    (tmp_path / "notes.txt").write_text("not looked at")
+    images = common.load_images(str(tmp_path), "train", 16)
+    error = capfd.readouterr().err
+    assert len(images) == 15 and error.count("0005.png:") == error.count("0005b.jpg:") == 1
+    assert "left out 2 unreadable of 17 images" in error and "notes" not in error
+
+    monkeypatch.setattr(common, "RESIDENT_BYTES", 0)
+    images = common.load_images(str(tmp_path), "train", 16)
+    loader = make_loader(images, workers=2)
+    for epoch in range(3):
+        assert [len(imgs) for imgs, _ in loader.batches(epoch * 2)] == [8, 8]
+    error = capfd.readouterr().err
+    assert error.count("0005.png:") == error.count("0005b.jpg:") == 1
+    assert images.unreadable.sum() == 2
+
+
+def test_folder_layouts(tmp_path, shapes_folder):
+    train = common.load_images(str(shapes_folder), "train", 16)
+    val = common.load_images(str(shapes_folder), "val", 16)
+    names = sorted(path.name for path in (shapes_folder / "train").iterdir())
+    assert train.classes == val.classes == names
+    write_images(tmp_path / "any" / "tree", 4, 16, 0, labelled=False)
+    tree = common.load_images(str(tmp_path / "any"), "pretrain", 16)
+    assert len(tree) == 4 and tree.classes == [] and (tree.labels == -1).all()
+    assert common.load_images(str(tmp_path / "any"), "val", 16) is None
+    write_images(tmp_path / "mixed", 2, 16, 0, labelled=False)
+    write_images(tmp_path / "mixed", 1, 20, 1, labelled=False)
+    (tmp_path / "mixed" / "0000.png").rename(tmp_path / "mixed" / "big.png")
+    write_images(tmp_path / "mixed", 1, 16, 1, labelled=False)
+    assert common.load_images(str(tmp_path / "mixed"), "train", 16).pixels is None  # sizes differ
+
+
+def test_folder_mistakes(tmp_path, shapes_folder):
+    with pytest.raises(UserError, match="no such folder, nor shapes, cifar10"):
+        common.load_images(str(tmp_path / "absent"), "train", 16)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no images under"):
+        common.load_images(str(tmp_path / "empty"), "train", 16)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.jpg").write_text("no image")
+    with pytest.raises(UserError, match="none of the 1 images"):
+        common.load_images(str(tmp_path / "bad"), "train", 16)
+    write_images(tmp_path / "odd" / "train" / "cat", 1, 16, 0, labelled=False)
+    write_images(tmp_path / "odd" / "val" / "dog", 1, 16, 0, labelled=False)
+    with pytest.raises(UserError, match="classes that train/ lacks: dog"):
+        common.load_images(str(tmp_path / "odd"), "val", 16)
+    with pytest.raises(UserError, match="--batch-size 80 is more than the 64 images"):
+        make_loader(common.load_images(str(shapes_folder), "train", 16), batch_size=80)
+
+
+# ------------------------------------------------------------------------------ torchvision's sets
+
+
+def test_cifar10_and_cifar100_from_miniatures_of_their_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "_load_meta", lambda self: None)
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "classes", ["a", "b"], raising=False)
+    rows = np.random.default_rng(0).integers(0, 256, (4, 3072), dtype=np.uint8)
+    for name, folder, key, files in (
+        ("cifar10", "cifar-10-batches-py", "labels",
+         [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]),
+        ("cifar100", "cifar-100-python", "fine_labels", ["train", "test"]),
+    ):  # fmt: skip
+        (tmp_path / folder).mkdir()
+        for file in files:
+            content = pickle.dumps({"data": rows, key: [0, 1, 0, 1]})
+            (tmp_path / folder / file).write_bytes(content)
+        train = common.load_images(name, "pretrain", 32, tmp_path)
+        val = common.load_images(name, "val", 32, tmp_path)
+        assert len(train) == (20 if name == "cifar10" else 4) and len(val) == 4
+        assert torch.equal(val.pixels, torch.from_numpy(rows).view(4, 3, 32, 32))  # planes R, G, B
+        assert val.labels.tolist() == [0, 1, 0, 1] and val.classes == ["a", "b"]
+
+
+def test_stl10_from_a_miniature_of_its_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.STL10, "_check_integrity", lambda self: True)
+    folder = tmp_path / "stl10_binary"
+    folder.mkdir()
+    rows = np.random.default_rng(0).integers(0, 256, (2, 3, 96, 96), dtype=np.uint8)
+    for part, count in (("train", 2), ("test", 2), ("unlabeled", 2)):
+        rows[:count].tofile(folder / f"{part}_X.bin")
+        np.array([1, 2], dtype=np.uint8).tofile(folder / f"{part}_y.bin")
+    (folder / "class_names.txt").write_text("\n".join("abcdefghij"))
+    (folder / "fold_indices.txt").write_text("0 1\n")
+    pretrain = common.load_images("stl10", "pretrain", 96, tmp_path)
+    assert pretrain.labels.tolist() == [0, 1, -1, -1] and pretrain.pixels.shape == (4, 3, 96, 96)
+    train = common.load_images("stl10", "train", 96, tmp_path)
+    assert train.labels.tolist() == [0, 1]
+    stored = torch.from_numpy(rows).transpose(2, 3)  # the files are column by column
+    assert torch.equal(train.pixels, stored)
+
+
+def test_a_failed_download_is_one_clear_error(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("Dataset not found or corrupted.")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", fail)
+    with pytest.raises(UserError, match="could not download cifar10"):
+        common.load_images("cifar10", "train", 32, tmp_path)
