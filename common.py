@@ -146,8 +146,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, n, d = x.shape
-        q, k, v = self.qkv(x).view(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        x = F.scaled_dot_product_attention(q, k, v)  # each (B, heads, n, d / heads)
+        qkv = self.qkv(x).view(b, n, 3, self.num_heads, -1).unbind(2)
+        q, k, v = (y.transpose(1, 2) for y in qkv)  # each (B, heads, n, d / heads)
+        x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(b, n, d))
 
 

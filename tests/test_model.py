@@ -276,7 +276,8 @@ def test_published_mae_layout_loads_into_encoder_and_decoder(tmp_path):
     flat = published_layout(source)
     expected = {"cls_token", "pos_embed", "mask_token", "decoder_pos_embed", "norm.bias",
                 "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "decoder_embed.weight",
-                "decoder_blocks.0.mlp.fc2.bias", "decoder_norm.weight", "decoder_pred.bias"}  # fmt: skip
+                "decoder_blocks.0.mlp.fc2.bias", "decoder_norm.weight",
+                "decoder_pred.bias"}  # fmt: skip
     assert expected <= flat.keys()
     torch.save({"model": flat}, tmp_path / "mae.pth")
     common.init_from(tmp_path / "mae.pth", target.encoder, target.decoder)

@@ -89,7 +89,7 @@ m.main(common.parse(m.Config, m.PRESETS, sys.argv[1:]))
 
 
 def test_killed_in_mid_epoch_and_resumed_equals_uninterrupted(tmp_path, shapes_folder):
-    """Bit for bit, with accumulation; and a stop by --steps in mid-epoch is resumed where it was."""
+    """Bit for bit, with accumulation; a stop by --steps in mid-epoch is resumed where it was."""
     flags = ["--epochs", "3", "--accumulate", "2"]
     train(tmp_path / "whole", shapes_folder, *flags)
 

@@ -1,0 +1,168 @@
+"""Speed and memory, measured side by side; nothing is asserted.
+
+    python tests/bench.py                                   # 32 px, patch 4, ViT-Tiny; CPU: 1-2 min
+    python tests/bench.py --preset imagenet --batch 64      # ViT-B/16 at 224 px, on a GPU
+    python tests/bench.py --decode FOLDER                   # images/s decoded and cropped by a core
+
+A training step of `--variant mae` against the same model built from timm's PatchEmbed and Block
+(if timm is installed): forward, loss, backward, AdamW, in turn, median over pairs. Peak memory is
+that of a process of its own (CPU: Linux, the growth of its resident set).
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+import mae_perceptual
+
+try:
+    import timm
+except ImportError:
+    timm = None
+
+
+class TimmMAE(nn.Module):
+    """The published form of MAE: all patches are embedded, then most are dropped."""
+
+    def __init__(self, ours: mae_perceptual.MAE):
+        super().__init__()
+        vit, decoder = ours.encoder, ours.decoder
+        block, norm = timm.models.vision_transformer.Block, lambda d: nn.LayerNorm(d, eps=1e-6)
+        shape, self.mask_ratio = vit.settings, ours.mask_ratio
+        dim, decoder_dim = vit.embed_dim, decoder.embed.out_features
+        side, p = shape["img_size"], shape["patch_size"]
+        self.patch_embed = timm.layers.PatchEmbed(side, p, shape["in_chans"], dim)
+        self.cls_token, self.mask_token = vit.cls_token, decoder.mask_token
+        self.pos_embed, self.decoder_pos_embed = vit.pos_embed, decoder.pos_embed
+        heads = shape["num_heads"]
+        self.blocks = nn.Sequential(
+            *(block(dim, heads, 4.0, qkv_bias=True, norm_layer=norm_layer) for _ in vit.blocks)
+        )
+        heads = decoder.blocks[0].attn.num_heads
+        self.decoder_blocks = nn.Sequential(
+            *(block(decoder_dim, heads, 4.0, qkv_bias=True, norm_layer=norm_layer)
+              for _ in decoder.blocks)
+        )  # fmt: skip
+        self.norm, self.decoder_norm = norm(dim), norm(decoder_dim)
+        self.embed = nn.Linear(dim, decoder_dim)
+        self.pred = nn.Linear(decoder_dim, decoder.pred.out_features)
+
+    def forward(self, imgs):
+        x = self.patch_embed(imgs) + self.pos_embed[:, 1:]
+        b, length, d = x.shape
+        visible, mask = common.random_masking(b, length, self.mask_ratio, x.device)
+        x = torch.gather(x, 1, visible[:, :, None].expand(-1, -1, d))
+        x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(b, -1, -1), x], 1)
+        x = self.embed(self.norm(self.blocks(x)))
+        full = self.mask_token.to(x.dtype).repeat(b, length, 1)
+        full = full.scatter(1, visible[:, :, None].expand(-1, -1, x.shape[2]), x[:, 1:])
+        x = torch.cat([x[:, :1], full], 1) + self.decoder_pos_embed
+        return self.pred(self.decoder_norm(self.decoder_blocks(x)))[:, 1:], mask
+
+
+def norm_layer(dim, **kwargs):
+    return nn.LayerNorm(dim, eps=1e-6)
+
+
+def make_step(model: nn.Module, cfg, batch: int, device: torch.device):
+    imgs = torch.randn(batch, 3, cfg.img_size, cfg.img_size, device=device)
+    groups = common.param_groups(model.to(device), cfg.weight_decay)
+    optimizer = torch.optim.AdamW(groups, 1e-4, betas=(0.9, 0.95), fused=True)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            pred, mask = model(imgs)
+            loss = common.masked_mse(pred, common.patchify(imgs, cfg.patch_size), mask)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def peak_memory(step, device: torch.device) -> float:
+    """MiB that three steps need."""
+    if device.type == "cuda":
+        for _ in range(3):
+            step()
+        return torch.cuda.max_memory_allocated() / 2**20
+
+    def high_water_mark() -> int:  # of this process; ru_maxrss would include its parent's
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+    before = high_water_mark()
+    for _ in range(3):
+        step()
+    return (high_water_mark() - before) / 1024
+
+
+def decode(folder: str, size: int = 224) -> None:
+    torch.set_num_threads(1)
+    images = common.load_images(folder, "pretrain", size)
+    images = common.Images(images.labels, [], paths=images.paths or [])
+    crop = common.v2.RandomResizedCrop(size, (0.2, 1.0), interpolation=common.BICUBIC)
+    decoding, count = common._Decoding(images, crop, seed=0), min(len(images), 400)
+    begin = time.perf_counter()
+    for i in range(count):
+        decoding[0, i]
+    print(f"{count / (time.perf_counter() - begin):.0f} images/s per core, decoded and cropped")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", choices=mae_perceptual.PRESETS, default="cifar")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--decode", metavar="FOLDER")
+    parser.add_argument("--memory-of", choices=["ours", "timm"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.decode:
+        return decode(args.decode)
+
+    device = common.pick_device(args.device)
+    cfg = mae_perceptual.Config(**mae_perceptual.PRESETS[args.preset])
+    models = {"ours": lambda: mae_perceptual.build(cfg)}
+    if timm:
+        models["timm"] = lambda: TimmMAE(mae_perceptual.build(cfg))
+    if args.memory_of:
+        step = make_step(models[args.memory_of](), cfg, args.batch, device)
+        return print(peak_memory(step, device))
+
+    steps = {name: make_step(make(), cfg, args.batch, device) for name, make in models.items()}
+    times = {name: [] for name in steps}
+    for i in range(args.rounds + 2):
+        for name, step in steps.items():
+            begin = time.perf_counter()
+            step()
+            if i >= 2:  # warm-up
+                times[name].append(time.perf_counter() - begin)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    print(f"{args.preset}, batch {args.batch}, {where}, {torch.get_num_threads()} threads, "
+          f"torch {torch.__version__}")  # fmt: skip
+    for name, seconds in times.items():
+        command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", name]
+        memory = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        median = statistics.median(seconds)
+        print(f"{name}  {1000 * median:8.1f} ms a step  {args.batch / median:8.0f} images/s"
+              f"  {memory:8.0f} MiB peak")  # fmt: skip
+    if timm:
+        ratios = [b / a for a, b in zip(times["ours"], times["timm"], strict=True)]
+        ratio = statistics.median(ratios)
+        print(f"timm's time over ours, median of {args.rounds} pairs: {ratio:.3f}")
+
+
+if __name__ == "__main__":
+    main()
