@@ -53,7 +53,7 @@ class Config(common.TrainConfig):
     encoder: str  # run folder, encoder.pt, or a flat timm or published MAE file
     mode: Literal["linear", "knn", "finetune"] = "linear"  # knn is the fastest, finetune the slowest
     baseline: bool = False  # also evaluate an untrained encoder of the same shape
-    pool: Literal["cls", "mean"] | None = None  # cls token or mean of patches [finetune mean]
+    pool: Literal["cls", "mean"] | None = None  # cls token, mean of patches [finetune mean]
     cache_features: bool | None = None  # linear: features only once [if data fits]
     data: str | None = None  # as in pre-training, with labels [the encoder's]
     data_dir: str | None = None  # where downloaded sets live [the encoder's]
