@@ -384,7 +384,7 @@ SHAPES = ("disk", "ring", "square", "triangle", "star",
 def random_seed(*keys: int | str) -> int:
     """One well-mixed seed from several keys, such as ("crop", seed, epoch, step)."""
     numbers = [zlib.crc32(key.encode()) if isinstance(key, str) else key for key in keys]
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 def seeded(*keys: int | str, device="cpu") -> torch.Generator:
@@ -1052,8 +1052,10 @@ class Run:
             torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo")
-        automatic = "fp32" if not cuda else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-        self.precision = automatic if cfg.precision == "auto" else cfg.precision
+        self.precision = cfg.precision
+        if cfg.precision == "auto":
+            bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+            self.precision = "bf16" if bf16 else "fp16" if cuda else "fp32"
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         torch.set_float32_matmul_precision("high")  # fp32 products may use TF32 on a GPU
@@ -1260,9 +1262,10 @@ class Run:
         lines = [*self._earlier_metrics(), json.dumps(metrics)]
         self._write_text("config.json", json.dumps(config, indent=2))
         self._write_text("metrics.jsonl", "\n".join(lines))
-        write_atomically(self.checkpoint, lambda file: torch.save(state, file), keep=self.previous)
         if encoder:
             save_encoder(self.folder / "encoder.pt", encoder, config)
+        # Last, so that whatever a kill leaves undone is done again after resuming.
+        write_atomically(self.checkpoint, lambda file: torch.save(state, file), keep=self.previous)
 
     def _earlier_metrics(self) -> list[str]:
         """Lines of metrics.jsonl before this step: a resumed run repeats what it logged since."""
@@ -1295,5 +1298,5 @@ class Run:
             before = "" if self.knn_before is None else f" (before training {self.knn_before:.1f})"
             self.print(f"kNN top-1 {self.knn_after:.1f}{before}")
         self.print(f"pictures, logs and encoder.pt are in {self.folder}")
-        if images.classes:
+        if self.val is not None:
             self.print(f"next: python eval_linear.py {self.folder} --baseline")
