@@ -306,7 +306,9 @@ def split_weights(path) -> tuple[dict, dict, dict]:
     loaded = read_checkpoint(path)
     weights = loaded.get("model", loaded)
     encoder, decoder = {}, {}
-    for name, value in weights.items() if isinstance(weights, dict) else ():
+    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
+        raise UserError(f"{path} holds no weights")
+    for name, value in weights.items():
         if name.startswith("encoder."):
             encoder[name.removeprefix("encoder.")] = value
         elif name.startswith(("decoder.", "decoder_")):
@@ -315,10 +317,10 @@ def split_weights(path) -> tuple[dict, dict, dict]:
             decoder[name] = value
         elif not name.startswith("head."):
             encoder[name] = value
-    for name in ("patch_embed.proj.weight", "pos_embed"):
-        if not isinstance(encoder.get(name), Tensor):
-            raise UserError(f"{path} holds no ViT: {name} is missing")
-    if "vit" in loaded:
+    for name, ndim in (("patch_embed.proj.weight", 4), ("pos_embed", 3)):
+        if not isinstance(encoder.get(name), Tensor) or encoder[name].ndim != ndim:
+            raise UserError(f"{path} holds no ViT: {name} is missing or misshapen")
+    if isinstance(loaded.get("vit"), dict):
         return encoder, decoder, loaded["vit"]
     dim, in_chans, patch_size, _ = encoder["patch_embed.proj.weight"].shape
     heads = {size["embed_dim"]: size["num_heads"] for size in VIT_SIZES.values()}
@@ -330,27 +332,23 @@ def split_weights(path) -> tuple[dict, dict, dict]:
     )
 
 
-def load_strictly(module: nn.Module, weights: dict, path) -> None:
-    """load_state_dict whose one-line UserError names every missing, unexpected or misshapen key."""
-    own = {name: tuple(x.shape) for name, x in module.state_dict().items()}
-    got = {name: tuple(x.shape) for name, x in weights.items()}
-    problems = [f"missing {name}" for name in own.keys() - got.keys()]
-    problems += [f"unexpected {name}" for name in got.keys() - own.keys()]
-    problems += [
-        f"{name} is {got[name]}, not {own[name]}"
-        for name in own.keys() & got.keys() if own[name] != got[name]
-    ]
-    if problems:
-        what = type(module).__name__
-        raise UserError(f"{path} does not fit this {what}: {'; '.join(sorted(problems))}")
-    module.load_state_dict(weights)
+def load_strictly(part, state: dict, path) -> None:
+    """load_state_dict of a module or optimiser; its complaint, with every missing, unexpected and
+    misshapen key, becomes a UserError of one line."""
+    try:
+        part.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} does not fit: {' '.join(str(error).split())}") from None
 
 
 def load_encoder(path, drop_path: float = 0.0) -> ViT:
     """The ViT of our encoder.pt or checkpoint.pt, or of a flat timm or published MAE file, whose
     decoder is ignored. UserError that lists every missing, unexpected or misshapen key."""
     weights, _, settings = split_weights(path)
-    encoder = ViT(**settings, drop_path=drop_path)
+    try:
+        encoder = ViT(**settings, drop_path=drop_path)
+    except TypeError as error:
+        raise UserError(f"{path} does not describe a ViT: {error}") from None
     load_strictly(encoder, weights, path)
     return encoder
 
@@ -515,7 +513,9 @@ def read_image(path: Path) -> Image.Image | None:
     """RGB image; None, with a warning that names the file, if it cannot be decoded."""
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            if image.mode.startswith("I"):  # 16 bits, which convert() would clip, not scale
+                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+            return image.convert("RGBA" if image.mode == "P" else "RGB").convert("RGB")
     except Exception as error:  # damaged files make decoders raise anything, even SyntaxError
         print(f"warning: skipping unreadable image {path}: {error}", file=sys.stderr, flush=True)
         return None
@@ -589,7 +589,7 @@ def _torchvision_images(name: str, split: str, data_dir, device) -> Images:
 
 
 def _folder_images(root: Path, split: str, device) -> Images | None:
-    if not root.is_dir():
+    if root == Path() or not root.is_dir():
         raise UserError(f"--data {root}: no such folder, nor shapes, cifar10, cifar100 or stl10")
     has_splits = (root / "train").is_dir()
     folder = root / ("val" if split == "val" else "train") if has_splits else root
@@ -665,7 +665,13 @@ class TrainLoader:
 
     def __init__(self, images: Images, cfg: "TrainConfig", run: "Run", size: int, transform=None):
         self.images, self.cfg, self.run, self.size = images, cfg, run, size
-        self.steps = len(images) // cfg.batch_size
+        parts = run.world * cfg.accumulate
+        self.steps, self.micro_batch = len(images) // cfg.batch_size, cfg.batch_size // parts
+        if cfg.batch_size % parts:
+            raise UserError(
+                f"--batch-size {cfg.batch_size} is not divisible by {run.world} processes x "
+                f"--accumulate {cfg.accumulate}"
+            )
         if self.steps == 0:
             raise UserError(
                 f"--batch-size {cfg.batch_size} is more than the {len(images)} images of {cfg.data}"
@@ -675,7 +681,7 @@ class TrainLoader:
             crop = v2.RandomResizedCrop(size, (cfg.min_crop, 1.0), interpolation=BICUBIC)
             transform = transform or v2.Compose([crop, v2.RandomHorizontalFlip()])
             self.workers = torch.utils.data.DataLoader(
-                _Decoding(images, transform, cfg.seed), batch_sampler=_Keys(self),
+                _Decoding(images, transform, cfg.seed), batch_sampler=self,
                 num_workers=cfg.workers, persistent_workers=cfg.workers > 0,
                 pin_memory=run.device.type == "cuda",
             )
@@ -696,7 +702,12 @@ class TrainLoader:
         for step in range(self.first, self.steps):
             batch = order[step * cfg.batch_size :][: cfg.batch_size]
             for j in range(run.rank * cfg.accumulate, (run.rank + 1) * cfg.accumulate):
-                yield step, j, batch[j * run.micro_batch :][: run.micro_batch]
+                yield step, j, batch[j * self.micro_batch :][: self.micro_batch]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        """As the batch sampler of its own DataLoader: keys for `_Decoding`."""
+        for _, _, index in self.indices():
+            yield [(self.epoch, i) for i in index.tolist()]
 
     def _crop(self, key: tuple[int, int, Tensor]) -> tuple[Tensor, Tensor]:
         (step, j, index), device = key, self.run.device
@@ -709,26 +720,16 @@ class TrainLoader:
         return normalize(imgs), self.images.labels[index].to(device)
 
 
-class _Keys:
-    """The batch sampler of a TrainLoader's DataLoader."""
-
-    def __init__(self, loader: TrainLoader):
-        self.loader = loader
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for _, _, index in self.loader.indices():
-            yield [(self.loader.epoch, i) for i in index.tolist()]
-
-
-def eval_batches(images: Images, size: int, device, limit: int | None = None, workers: int = 0):
+def eval_batches(images: Images, size: int, device, limit: int | None = None, workers: int = 0,
+                 share: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields normalised images (b, 3, size, size) and labels (b,), in order, without augmentation:
     shorter side to size * 256/224, bicubic, then the central size x size; images of just that size
-    stay whole. At most `limit` images, evenly spaced. With several processes each gets a part;
+    stay whole. At most `limit` images, evenly spaced. With several processes each gets its `share`;
     `gather_rows` brings results together."""
     index = torch.arange(len(images))
     if limit is not None and limit < len(images):
         index = torch.linspace(0, len(images) - 1, limit, dtype=torch.float64).long()
-    if dist.is_initialized():
+    if share and dist.is_initialized():
         index = index[dist.get_rank() :: dist.get_world_size()]
     crop = v2.Compose([v2.Resize(size * 256 // 224, interpolation=BICUBIC), v2.CenterCrop(size)])
     if images.pixels is not None:
@@ -813,8 +814,8 @@ class Config(TrainConfig):
 
 
 # A resumed run may change these: they say where and how it runs, not what it computes.
-RESUMABLE = {"out", "restart", "steps", "data_dir", "workers", "device", "compile",
-             "knn_every", "recon_every"}  # fmt: skip
+RESUMABLE = {"out", "restart", "steps", "data_dir", "workers", "device", "compile", "accumulate",
+             "knn_every", "recon_every", "baseline", "encoder"}  # fmt: skip
 
 
 def check_numbers(cfg, least: float, *names: str) -> None:
@@ -870,7 +871,7 @@ def parse(config_class: type, presets: dict[str, dict], argv: list[str] | None =
     values = vars(parser.parse_args(argv))
     preset = values.pop("preset", next(iter(presets), None))
     cfg = config_class(**(presets.get(preset, {}) | values))
-    if preset and cfg.out is None:
+    if preset and not cfg.out:
         cfg.out = f"runs/{script}-{preset}"
     try:
         cfg.check()
@@ -902,13 +903,17 @@ def entry_point(main):
 # ------------------------------------------------------------------------------ a training run
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of this process for --device auto, cpu or cuda."""
+def set_up_process(name: str) -> torch.device:
+    """The device of this process for --device auto, cpu or cuda. Under torchrun, joins the rest."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no usable CUDA device here; --device cpu works everywhere")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    device = torch.device("cpu")
+    if name != "cpu" and torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
 
 
 def warmup_cosine(step: float, total: float, warmup: float, peak: float, floor=0.0) -> float:
@@ -947,7 +952,9 @@ def extract_features(encoder: ViT, loader, pool: str = "cls") -> tuple[Tensor, T
     mode, nothing hidden; "cls" token or "mean" of the patch tokens, after the final norm."""
     training = encoder.training
     encoder.eval()
-    features, labels = [], []
+    device = encoder.pos_embed.device
+    features = [torch.empty(0, encoder.embed_dim, device=device)]  # a process may have no images
+    labels = [torch.empty(0, dtype=torch.int64, device=device)]
     for imgs, label in loader:
         tokens = encoder(imgs).float()
         features.append(tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(dim=1))
@@ -1037,21 +1044,10 @@ class Run:
     def __init__(self, cfg: TrainConfig):
         self.cfg, self.folder = cfg, Path(cfg.out)
         self.script = Path(inspect.getfile(type(cfg))).name
+        self.device = set_up_process(cfg.device)
+        cuda = self.device.type == "cuda"
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
-        parts = self.world * cfg.accumulate
-        if cfg.batch_size % parts:
-            raise UserError(
-                f"--batch-size {cfg.batch_size} is not divisible by {self.world} processes x "
-                f"--accumulate {cfg.accumulate}"
-            )
-        self.micro_batch = cfg.batch_size // parts
-        self.device = pick_device(cfg.device)
-        cuda = self.device.type == "cuda"
-        if cuda:
-            torch.cuda.set_device(self.device)
-        if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if cuda else "gloo")
         self.precision = cfg.precision
         if cfg.precision == "auto":
             bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -1079,17 +1075,25 @@ class Run:
         self.peak_lr = cfg.base_lr * cfg.batch_size / 256 if cfg.lr is None else cfg.lr
         self.checkpoint = self.folder / "checkpoint.pt"
         self.previous = self.folder / "checkpoint.prev.pt"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {self.folder}: {error}") from error
-        if cfg.restart and self.rank == 0:
-            for path in (self.checkpoint, self.previous, self.folder / "metrics.jsonl"):
-                path.unlink(missing_ok=True)
+        # What a run must have in common with the one that it resumes.
+        self.identity = dataclasses.asdict(cfg) | {
+            "precision": self.precision, "images": len(loader.images),
+            "processes x accumulate": self.world * cfg.accumulate,
+        }  # fmt: skip
         if not cfg.restart:
             self._resume()
         if self.world > 1:
             dist.barrier()  # nobody writes before all have read
+        if self.rank == 0:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                names = ("checkpoint.*", "metrics.jsonl", "recon_*.png", "encoder.pt", "eval.json")
+                for name in names if cfg.restart else ():
+                    for path in self.folder.glob(name):
+                        path.unlink()
+            except OSError as error:
+                raise UserError(f"--out {self.folder}: {error}") from error
+            self._write_text("config.json", json.dumps(dataclasses.asdict(cfg), indent=2))
 
         cuda = self.device.type == "cuda"
         threads = f"cpu ({torch.get_num_threads()} threads)"
@@ -1102,7 +1106,7 @@ class Run:
             f"  data    {cfg.data}: {len(loader.images)} images, {loader.steps} steps an epoch, "
             f"{self.total} steps in {cfg.epochs} epochs\n"
             f"  batch   {cfg.batch_size} = {self.world} processes x {cfg.accumulate} accumulated x "
-            f"{self.micro_batch}\n"
+            f"{loader.micro_batch}\n"
             f"  lr      {self.peak_lr:.3g}{rule}; {self.warmup:g} steps of warm-up, then cosine\n"
             f"  folder  {self.folder}" + (f", resumed after step {self.step}" if self.step else "")
         )
@@ -1126,14 +1130,13 @@ class Run:
         if state.get("script") != self.script:
             author = state.get("script", "another program")
             raise UserError(f"{path} is by {author}, not {self.script}; choose another --out")
-        new, old = dataclasses.asdict(self.cfg), state["config"]
+        new, old = self.identity, state["identity"]
         differ = [k for k in new | old if k not in RESUMABLE and new.get(k) != old.get(k)]
         if differ:
             changes = ", ".join(f"{k} was {old.get(k)}, now {new.get(k)}" for k in differ)
             raise UserError(f"{path} has other settings: {changes}; use another --out or --restart")
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        self.scaler.load_state_dict(state["scaler"])
+        for name, part in (self.parts | {"scaler": self.scaler}).items():
+            load_strictly(part, state.get(name), path)
         self.step, self.knn_before = state["step"], state["knn_before"]
 
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -1222,11 +1225,11 @@ class Run:
             row = {name: next(numbers) for name in values}
             if not all(map(math.isfinite, row.values())):
                 terms = ", ".join(f"{name} {x:g}" for name, x in row.items())
-                good = f"last good checkpoint: {self.checkpoint}"
-                good = good if self.checkpoint.exists() else "no checkpoint yet"
+                last = f"last good checkpoint: {self.checkpoint} (--init-from it, with a new --out)"
+                last = last if self.checkpoint.exists() else "no checkpoint yet"
                 raise UserError(
-                    f"not finite at step {step}: {terms} (lr {self.lr:.3g}, {self.precision}); "
-                    f"{good}; try a lower --lr, --clip-grad 1 or --precision fp32"
+                    f"not finite in step {step + 1}: {terms} (lr {self.lr:.3g}, {self.precision}); "
+                    f"{last}; try a lower --lr, --clip-grad 1 or --precision fp32"
                 )
             for name, x in row.items():
                 total, count = self.sums.get(name, (0.0, 0))
@@ -1250,28 +1253,30 @@ class Run:
             metrics["knn"] = self.knn_after = self.knn(encoder)
         if self.rank > 0:
             return
-        if picture and (last or self.epoch % cfg.recon_every == 0):
-            torch.manual_seed(random_seed("picture", cfg.seed))  # the same masks every time
-            save_grid(self.folder / f"recon_{self.epoch:04d}.png", picture())
         words = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
         self.print("  ".join(words))
         config = dataclasses.asdict(cfg)
-        state = {"script": self.script, "config": config, "step": self.step, "epoch": self.epoch,
-                 "knn_before": self.knn_before, "scaler": self.scaler.state_dict()}  # fmt: skip
+        state = {"script": self.script, "config": config, "identity": self.identity,
+                 "step": self.step, "epoch": self.epoch, "knn_before": self.knn_before,
+                 "scaler": self.scaler.state_dict()}  # fmt: skip
         state |= {name: part.state_dict() for name, part in self.parts.items()}
         lines = [*self._earlier_metrics(), json.dumps(metrics)]
-        self._write_text("config.json", json.dumps(config, indent=2))
         self._write_text("metrics.jsonl", "\n".join(lines))
         if encoder:
             save_encoder(self.folder / "encoder.pt", encoder, config)
-        # Last, so that whatever a kill leaves undone is done again after resuming.
+        # After encoder.pt, so that whatever a kill leaves undone is done again after resuming.
         write_atomically(self.checkpoint, lambda file: torch.save(state, file), keep=self.previous)
+        if picture and (last or self.epoch % cfg.recon_every == 0):
+            torch.manual_seed(random_seed("picture", cfg.seed))  # the same masks every time
+            save_grid(self.folder / f"recon_{self.epoch:04d}.png", picture())
 
     def _earlier_metrics(self) -> list[str]:
         """Lines of metrics.jsonl before this step: a resumed run repeats what it logged since."""
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
-        return [line for line in lines if json.loads(line)["step"] < self.step]
+        with suppress(ValueError, KeyError, TypeError):  # lines that are not ours
+            lines = [line for line in lines if json.loads(line)["step"] < self.step]
+        return lines
 
     def _write_text(self, name: str, text: str) -> None:
         write_atomically(self.folder / name, lambda file: file.write(f"{text}\n".encode()))

@@ -28,13 +28,14 @@ encoder's size stay whole.
 Provenance   linear, finetune: He et al. 2022, appendix A, and their published settings.
              knn: Wu et al. 2018, in the form of DINO (Caron et al. 2021).
              Our choices: cached features; for encoders narrower than ViT-B
-             its settings; RandAugment "m9" is torchvision's at magnitude 9 of 10, without the noise
-             on the magnitude that timm adds.
+             its settings; RandAugment "m9" is torchvision's operations at magnitude 9 of 10, two of
+             them with probability 1/2 each as in timm, without timm's magnitude noise.
 """
 
 import dataclasses
 import json
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -51,9 +52,9 @@ from common import UserError, extract_features, knn_scores
 @dataclass(kw_only=True)
 class Config(common.TrainConfig):
     encoder: str  # run folder, encoder.pt, or a flat timm or published MAE file
-    mode: Literal["linear", "knn", "finetune"] = "linear"  # knn is the fastest, finetune the slowest
+    mode: Literal["linear", "knn", "finetune"] = "linear"  # see above
     baseline: bool = False  # also evaluate an untrained encoder of the same shape
-    pool: Literal["cls", "mean"] | None = None  # cls token, mean of patches [finetune mean]
+    pool: Literal["cls", "mean"] | None = None  # cls token or mean of patches [cls]
     cache_features: bool | None = None  # linear: features only once [if data fits]
     data: str | None = None  # as in pre-training, with labels [the encoder's]
     data_dir: str | None = None  # where downloaded sets live [the encoder's]
@@ -126,14 +127,15 @@ class LARS(torch.optim.Optimizer):
 
 
 class FineTuned(nn.Module):
-    """Encoder, pooled tokens, a new LayerNorm in place of the encoder's last, a linear layer."""
+    """Encoder without its last LayerNorm, pooled tokens, LayerNorm, linear layer."""
 
     def __init__(self, encoder: common.ViT, num_classes: int, pool: str):
         super().__init__()
         self.encoder, self.pool = encoder, pool
-        encoder.norm = nn.Identity()
+        # The mean of the patch tokens is a new feature and gets a new LayerNorm; cls keeps its own.
+        new = nn.LayerNorm(encoder.embed_dim, eps=1e-6)
+        self.norm, encoder.norm = new if pool == "mean" else encoder.norm, nn.Identity()
         encoder.pos_embed.requires_grad_(True)  # trained in fine-tuning, as in timm's ViT
-        self.norm = nn.LayerNorm(encoder.embed_dim, eps=1e-6)
         self.head = nn.Linear(encoder.embed_dim, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
         nn.init.zeros_(self.head.bias)
@@ -262,10 +264,14 @@ def evaluate_linear(run, encoder: common.ViT, train: common.Images, val: common.
 def evaluate_finetune(run, encoder: common.ViT, train: common.Images, val: common.Images) -> dict:
     """Train everything, with MAE's recipe."""
     cfg, size, classes = run.cfg, encoder.settings["img_size"], len(train.classes)
+    one_operation = v2.RandAugment(
+        1, magnitude=9, num_magnitude_bins=11, interpolation=common.BICUBIC,
+        fill=[round(255 * x) for x in common.MEAN],
+    )  # fmt: skip
     augment = v2.Compose([  # in the loader's workers, image by image
         v2.RandomResizedCrop(size, (cfg.min_crop, 1.0), interpolation=common.BICUBIC),
         v2.RandomHorizontalFlip(),
-        v2.RandAugment(2, magnitude=9, num_magnitude_bins=11, interpolation=common.BICUBIC),
+        *[v2.RandomApply([one_operation], p=0.5)] * 2,
     ])  # fmt: skip
     erase = v2.RandomErasing(cfg.erasing, value="random")
     mixes = [v2.MixUp(alpha=cfg.mixup, num_classes=classes)] if cfg.mixup else []
@@ -304,7 +310,8 @@ def main(cfg: Config) -> None:
     if data is None:
         raise UserError(f"{path} does not say what it was trained on: --data is needed")
     # Fine-tuning augments image by image in the loader's workers: its images stay in main memory.
-    place = "cpu" if cfg.mode == "finetune" else common.pick_device(cfg.device)
+    device = common.set_up_process(cfg.device)
+    place = "cpu" if cfg.mode == "finetune" else device
     train, val = (
         common.load_images(data, split, shape["img_size"], data_dir, place)
         for split in ("train", "val")
@@ -321,11 +328,19 @@ def main(cfg: Config) -> None:
     settings |= {"data": data, "data_dir": data_dir, "cache_features": cached}
     drop_path = settings["drop_path"] if cfg.mode == "finetune" else 0.0
     folder = Path(cfg.out or path.parent)
+    file = folder / "eval.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        entries = json.loads(file.read_text()) if file.exists() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read or written: {error}") from error
+    # A training is resumed only with the very weights that it was begun with.
+    run_name = f"eval-{cfg.mode}-{zlib.crc32(path.read_bytes()):08x}"
     evaluate = {"knn": evaluate_knn, "finetune": evaluate_finetune}.get(cfg.mode, evaluate_linear)
     evaluate = evaluate_cached if cached else evaluate
 
     def measure(name: str) -> dict:
-        run = common.Run(Config(**settings | {"out": str(folder / f"eval-{cfg.mode}{name}")}))
+        run = common.Run(Config(**settings | {"out": str(folder / f"{run_name}{name}")}))
         untrained = common.ViT(**shape, drop_path=drop_path)
         encoder = untrained if name else common.load_encoder(path, drop_path)
         return evaluate(run, encoder.to(run.device), train, val)
@@ -336,8 +351,6 @@ def main(cfg: Config) -> None:
     if cfg.baseline:
         results["untrained"] = measure("-untrained")
         line += f" (untrained {results['untrained']['top1']:.1f})"
-    file = folder / "eval.json"
-    entries = json.loads(file.read_text()) if file.exists() else {}
     entries[cfg.mode] = results | {"encoder": str(path), "settings": settings}
     if int(os.environ.get("RANK", 0)) == 0:
         common.write_atomically(file, lambda f: f.write(json.dumps(entries, indent=2).encode()))

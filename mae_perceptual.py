@@ -52,12 +52,12 @@ PRESETS = {
     "demo": dict(  # ours, for two cores and two minutes
         data="shapes", img_size=32, patch_size=4, size="tiny", depth=3,
         decoder_dim=64, decoder_depth=1, decoder_heads=2, min_crop=0.5,
-        epochs=3, batch_size=64, lr=1.5e-3, warmup_epochs=0.3, knn_every=10,
+        epochs=3, batch_size=64, base_lr=6e-3, warmup_epochs=0.3, knn_every=10,
     ),
     "cifar": dict(  # ours
         data="cifar10", img_size=32, patch_size=4, size="tiny",
         decoder_dim=96, decoder_depth=4, decoder_heads=3,
-        epochs=200, batch_size=256, lr=1.5e-3, warmup_epochs=10,
+        epochs=200, batch_size=256, base_lr=1.5e-3, warmup_epochs=10,
     ),
     "imagenet": dict(  # MAE, appendix A, table 8; 1600 epochs give the paper's best
         data="imagenet", img_size=224, patch_size=16, size="base", mask_ratio=0.75,
@@ -84,7 +84,7 @@ class MAE(nn.Module):
 def reconstruct(model: MAE, imgs: Tensor, norm_pix: bool) -> dict[str, Tensor]:
     """Rows of the reconstruction picture: label -> (N, 3, H, W) in 0..1."""
     p, grid, channels = model.encoder.patch_size, model.encoder.grid, imgs.shape[1]
-    pred, mask = model(imgs)
+    pred, mask = model.forward(imgs)  # not compiled anew for this number of images
     pred, patches, hidden = pred.float(), common.patchify(imgs, p), mask[:, :, None]
     note = ""
     if norm_pix:
@@ -116,7 +116,8 @@ def main(cfg: Config) -> None:
 
     train, val = common.pretraining_images(cfg, run.device)
     loader = common.TrainLoader(train, cfg, run, cfg.img_size)
-    examples, _ = next(common.eval_batches(val or train, cfg.img_size, run.device, limit=8))
+    pictures = common.eval_batches(val or train, cfg.img_size, run.device, limit=8, share=False)
+    examples, _ = next(pictures)
     run.start(loader, val, model=model, optimizer=optimizer)
     ddp = run.wrap(model)
     for _ in run.epochs():

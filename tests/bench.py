@@ -132,7 +132,7 @@ def main() -> None:
     if args.decode:
         return decode(args.decode)
 
-    device = common.pick_device(args.device)
+    device = common.set_up_process(args.device)
     cfg = mae_perceptual.Config(**mae_perceptual.PRESETS[args.preset])
     models = {"ours": lambda: mae_perceptual.build(cfg)}
     if timm:

@@ -19,8 +19,7 @@ from common import UserError
 def make_loader(images, batch_size=8, accumulate=1, rank=0, world=1, workers=0):
     cfg = SimpleNamespace(batch_size=batch_size, accumulate=accumulate, seed=0, data="x",
                           min_crop=0.2, workers=workers)  # fmt: skip
-    run = SimpleNamespace(rank=rank, world=world, device=torch.device("cpu"),
-                          micro_batch=batch_size // world // accumulate)  # fmt: skip
+    run = SimpleNamespace(rank=rank, world=world, device=torch.device("cpu"))
     return common.TrainLoader(images, cfg, run, size=16)
 
 
@@ -163,6 +162,18 @@ def test_a_broken_file_is_named_once_counted_and_replaced(tmp_path, capfd, monke
     error = capfd.readouterr().err
     assert error.count("0005.png:") == error.count("0005b.jpg:") == 1
     assert images.unreadable.sum() == 2
+
+
+def test_modes_of_images(tmp_path):
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    grey = Image.fromarray((ramp // 256).astype(np.uint8))
+    grey.save(tmp_path / "grey.png")
+    grey.convert("P").save(tmp_path / "palette.png", transparency=3)
+    grey.convert("RGBA").save(tmp_path / "rgba.png")
+    expected = torch.from_numpy(ramp // 256).to(torch.uint8).expand(3, -1, -1)
+    images = common.load_images(str(tmp_path), "train", 8)
+    assert len(images) == 4 and all(torch.equal(pixels, expected) for pixels in images.pixels)
 
 
 def test_folder_layouts(tmp_path, shapes_folder):

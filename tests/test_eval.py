@@ -2,10 +2,13 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, run_script
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
@@ -125,33 +128,113 @@ def test_fine_tuning_head_normalises_the_mean_of_unnormalised_patches():
     torch.testing.assert_close(model(imgs), expected)
 
 
+@pytest.fixture(scope="session")
+def easy_folder(tmp_path_factory):
+    """Two classes that differ in brightness: any evaluation that works gets them right."""
+    folder, rng = tmp_path_factory.mktemp("easy"), np.random.default_rng(0)
+    for split, count in (("train", 64), ("val", 16)):
+        for name, level in (("dark", 60), ("light", 160)):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count // 2):
+                pixels = rng.integers(level - 40, level + 40, (16, 16, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
+    return folder
+
+
 @pytest.fixture()
-def encoder_file(shapes_folder, tmp_path):
+def encoder_file(easy_folder, tmp_path):
     torch.manual_seed(0)
     vit = common.ViT(16, 4, embed_dim=24, depth=2, num_heads=3)
-    common.save_encoder(tmp_path / "encoder.pt", vit, {"data": str(shapes_folder)})
+    common.save_encoder(tmp_path / "encoder.pt", vit, {"data": str(easy_folder)})
     return tmp_path / "encoder.pt"
 
 
-FEW = ["--epochs", "2", "--batch-size", "16", "--workers", "0", "--device", "cpu"]
+MODES = {
+    "cached": ["--mode", "linear", "--epochs", "20"],
+    "linear": ["--mode", "linear", "--no-cache-features", "--epochs", "20", "--lr", "8",
+               "--min-crop", "0.9"],
+    "knn": ["--mode", "knn"],
+    "finetune": ["--mode", "finetune", "--epochs", "20", "--lr", "0.002", "--accumulate", "2"],
+}
 
 
-@pytest.mark.parametrize("mode", [
-    ["linear"], ["linear", "--no-cache-features"], ["knn"], ["finetune", "--accumulate", "2"],
-])  # fmt: skip
-def test_every_mode_end_to_end(mode, encoder_file, capsys):
-    arguments = [str(encoder_file.parent), "--baseline", "--mode", *mode, *FEW]
-    eval_linear.main(common.parse(eval_linear.Config, {}, arguments))
+def evaluate(file, mode: str, *flags) -> dict:
+    arguments = [str(file), *MODES[mode], "--batch-size", "16", "--workers", "0", "--device", "cpu"]
+    eval_linear.main(common.parse(eval_linear.Config, {}, [*arguments, *flags]))
+    name = MODES[mode][1]
+    return json.loads((file.parent / "eval.json").read_text())[name]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_solves_an_easy_task_with_the_encoder_it_is_given(mode, encoder_file, capsys):
+    entry = evaluate(encoder_file, mode, "--baseline")
+    top1, untrained = entry["top1"], entry["untrained"]["top1"]
+    assert top1 > 90 and untrained > 90 and entry["top5"] == 100
     last = capsys.readouterr().out.strip().splitlines()[-1]
-    entry = json.loads((encoder_file.parent / "eval.json").read_text())[mode[0]]
-    untrained = entry["untrained"]["top1"]
-    assert last == f"{mode[0]} top-1 {entry['top1']:.1f} (untrained {untrained:.1f})"
-    assert 0 <= entry["top1"] <= entry["top5"] <= 100
+    assert last == f"{MODES[mode][1]} top-1 {top1:.1f} (untrained {untrained:.1f})"
+    if mode == "finetune":
+        return
+    content = torch.load(encoder_file, weights_only=True)
+    content["model"]["norm.weight"].zero_()  # an encoder whose features are all the same
+    torch.save(content, encoder_file)
+    assert evaluate(encoder_file, mode)["top1"] < 60
 
 
-def test_eval_json_keeps_other_modes_and_the_head_learns(encoder_file, capsys):
-    for mode in ("linear", "knn"):
-        eval_linear.main(common.parse(eval_linear.Config, {}, [str(encoder_file), "--mode", mode]))
+def test_fine_tuning_mixes_smooths_and_erases(encoder_file, monkeypatch):
+    seen, erased = [], []
+    original = F.cross_entropy
+
+    def spy(scores, targets, **options):
+        seen.append((targets, options))
+        return original(scores, targets, **options)
+
+    def erasing(p, value):
+        erased.append((p, value))
+        return torch.nn.Identity()
+
+    monkeypatch.setattr(eval_linear.F, "cross_entropy", spy)
+    monkeypatch.setattr(eval_linear.v2, "RandomErasing", erasing)
+    evaluate(encoder_file, "finetune", "--steps", "3")
+    assert erased == [(0.25, "random")]
+    for targets, options in seen:
+        assert targets.shape == (8, 2) and options == {"label_smoothing": 0.1}
+        torch.testing.assert_close(targets.sum(1), torch.ones(8))
+    assert any(((t > 0.01) & (t < 0.99)).any() for t, _ in seen)  # mixed labels
+    seen.clear()
+    flags = ["--steps", "1", "--mixup", "0", "--cutmix", "0", "--smoothing", "0", "--restart"]
+    evaluate(encoder_file, "finetune", *flags)
+    assert seen[0][0].dtype == torch.int64 and seen[0][1] == {"label_smoothing": 0.0}
+
+
+def test_layer_decay_reaches_the_optimiser(encoder_file):
+    evaluate(encoder_file, "finetune", "--steps", "7")
+    (file,) = encoder_file.parent.glob("eval-finetune-*/checkpoint.pt")
+    state = torch.load(file, weights_only=True)
+    groups = state["optimizer"]["param_groups"]
+    peak = max(group["lr"] for group in groups)
+    assert {round(g["lr_scale"], 6) for g in groups} == {round(0.65**i, 6) for i in range(4)}
+    for group in groups:
+        assert group["lr"] == pytest.approx(peak * group["lr_scale"])
+        assert group["betas"] == (0.9, 0.999)
+
+
+def test_two_processes_evaluate_as_one(encoder_file):
+    """An odd number of images for two processes, and no batch to divide in kNN."""
+    folder = common.read_checkpoint(encoder_file)["config"]["data"]
+    next((Path(folder) / "val" / "dark").iterdir()).unlink()
+    one = evaluate(encoder_file, "knn")
+    script = ROOT / "eval_linear.py"
+    done = run_script(script, encoder_file, "--mode", "knn", torchrun=2, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    two = json.loads((encoder_file.parent / "eval.json").read_text())["knn"]
+    assert {k: v for k, v in one.items() if k != "settings"} == {
+        k: v for k, v in two.items() if k != "settings"
+    }
+
+
+def test_eval_json_keeps_other_modes(encoder_file):
+    evaluate(encoder_file, "cached")
+    evaluate(encoder_file, "knn")
     entries = json.loads((encoder_file.parent / "eval.json").read_text())
     assert entries.keys() == {"linear", "knn"}
     assert {"k10", "k20", "k100", "k200", "retrieval_1nn"} <= entries["knn"].keys()
