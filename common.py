@@ -1042,8 +1042,8 @@ class Run:
     so a run that was stopped and resumed repeats the uninterrupted one; on the CPU, bit for bit."""
 
     def __init__(self, cfg: TrainConfig):
-        self.cfg, self.folder = cfg, Path(cfg.out)
         self.script = Path(inspect.getfile(type(cfg))).name
+        self.cfg, self.folder = cfg, Path(cfg.out or f"runs/{Path(self.script).stem}")
         self.device = set_up_process(cfg.device)
         cuda = self.device.type == "cuda"
         self.rank = int(os.environ.get("RANK", 0))
