@@ -90,9 +90,11 @@ def make_step(model: nn.Module, cfg, batch: int, device: torch.device):
     return step
 
 
-def peak_memory(step, device: torch.device) -> float:
-    """MiB that three steps need."""
+def peak_memory(make, cfg, batch: int, device: torch.device) -> float:
+    """MiB that the model and three steps need."""
     if device.type == "cuda":
+        step = make_step(make(), cfg, batch, device)
+        torch.cuda.reset_peak_memory_stats()
         for _ in range(3):
             step()
         return torch.cuda.max_memory_allocated() / 2**20
@@ -101,6 +103,7 @@ def peak_memory(step, device: torch.device) -> float:
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
     before = high_water_mark()
+    step = make_step(make(), cfg, batch, device)
     for _ in range(3):
         step()
     return (high_water_mark() - before) / 1024
@@ -138,8 +141,7 @@ def main() -> None:
     if timm:
         models["timm"] = lambda: TimmMAE(mae_perceptual.build(cfg))
     if args.memory_of:
-        step = make_step(models[args.memory_of](), cfg, args.batch, device)
-        return print(peak_memory(step, device))
+        return print(peak_memory(models[args.memory_of], cfg, args.batch, device))
 
     steps = {name: make_step(make(), cfg, args.batch, device) for name, make in models.items()}
     times = {name: [] for name in steps}
