@@ -813,7 +813,8 @@ class Config(TrainConfig):
         return ViT(self.img_size, self.patch_size, **shape)
 
 
-# A resumed run may change these: they say where and how it runs, not what it computes.
+# A resumed run may change these: they say where and how it runs, not what it computes. (Of
+# `accumulate`, the product with the number of processes counts, and Run.start compares that.)
 RESUMABLE = {"out", "restart", "steps", "data_dir", "workers", "device", "compile", "accumulate",
              "knn_every", "recon_every", "baseline", "encoder"}  # fmt: skip
 

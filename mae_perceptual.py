@@ -4,13 +4,16 @@ He, Chen, Xie, Li, Dollar, Girshick. Masked Autoencoders Are Scalable Vision Lea
 arXiv 2111.06377. An encoder sees a random quarter of the patches; a small decoder fills in mask
 tokens and regresses the pixels of the hidden ones. (The variants of Perceptual MAE will join it.)
 
-    python mae_perceptual.py                                    # built-in images, about 2 min, CPU
+    python mae_perceptual.py                                    # built-in images
     python mae_perceptual.py --preset cifar                     # CIFAR-10, downloaded
-    python mae_perceptual.py --preset imagenet --accumulate 16      # one GPU
+    python mae_perceptual.py --preset imagenet --accumulate 16  # one GPU
     torchrun --nproc-per-node 8 mae_perceptual.py --preset imagenet --accumulate 2
     torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
         mae_perceptual.py --preset imagenet --data /data/imagenet
     python eval_linear.py runs/mae_perceptual-demo --baseline   # then: is the encoder any good?
+
+On two cores of a 2.5 GHz Xeon the first takes 2.5 minutes, and its linear probe gives 65.2 %
+(untrained 47.5). On a GPU, and for the other presets: not yet measured; see the README.
 
 Section of the paper -> code
     masking (3)                   common.random_masking
