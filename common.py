@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import functools
 import inspect
+import itertools
 import json
 import math
 import os
@@ -28,7 +29,7 @@ import time
 import typing
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -272,13 +273,18 @@ class Decoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
         self.apply(init_linear)
 
-    def forward(self, tokens: Tensor, visible: Tensor) -> Tensor:
-        """tokens (B, 1+n, D), visible (B, n) -> (B, L, p*p*C): every patch, visible ones too."""
+    def fill_in(self, tokens: Tensor, visible: Tensor) -> Tensor:
+        """tokens (B, 1+n, D), visible (B, n) -> (B, 1+L, dim): embedded, in their places, the mask
+        token in the others, positions added."""
         x = self.embed(tokens)
         b, _, d = x.shape
         full = self.mask_token.to(x.dtype).expand(b, self.pos_embed.shape[1] - 1, d)
         full = full.scatter(1, visible[:, :, None].expand(-1, -1, d), x[:, 1:])
-        x = torch.cat([x[:, :1], full], dim=1) + self.pos_embed
+        return torch.cat([x[:, :1], full], dim=1) + self.pos_embed
+
+    def forward(self, tokens: Tensor, visible: Tensor) -> Tensor:
+        """tokens (B, 1+n, D), visible (B, n) -> (B, L, p*p*C): every patch, visible ones too."""
+        x = self.fill_in(tokens, visible)
         for block in self.blocks:
             x = block(x)
         return self.pred(self.norm(x[:, 1:]))
@@ -1108,7 +1114,7 @@ class Run:
             f"{self.total} steps in {cfg.epochs} epochs\n"
             f"  batch   {cfg.batch_size} = {self.world} processes x {cfg.accumulate} accumulated x "
             f"{loader.micro_batch}\n"
-            f"  lr      {self.peak_lr:.3g}{rule}; {self.warmup:g} steps of warm-up, then cosine\n"
+            f"  lr      {self.peak_lr:.3g}{rule}; {self.warmup:g} steps of warm-up\n"
             f"  folder  {self.folder}" + (f", resumed after step {self.step}" if self.step else "")
         )
         if self.step >= self.last_step:
@@ -1140,14 +1146,17 @@ class Run:
             load_strictly(part, state.get(name), path)
         self.step, self.knn_before = state["step"], state["knn_before"]
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model to call in the loop: compiled in place, gradients averaged over processes."""
-        if self.cfg.compile:
+    def wrap(self, model: nn.Module, compile: bool = True) -> nn.Module:
+        """The model to call in the loop: compiled in place if --compile says so and `compile` does
+        not forbid it, gradients averaged over processes. Buffers stay those of each process, so
+        that the model may be called twice before a backward pass."""
+        if self.cfg.compile and compile:
             model.compile()  # in place, so that the names in state_dict stay clean
         if self.world == 1:
             return model
-        devices = [self.device] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=devices)
+        return nn.parallel.DistributedDataParallel(
+            model, [self.device] if self.device.type == "cuda" else None, broadcast_buffers=False
+        )
 
     def epochs(self) -> Iterator[int]:
         """The epochs that are still to do, counted from 1."""
@@ -1182,37 +1191,48 @@ class Run:
             self.waited += time.perf_counter() - begin
             yield batch
 
-    def set_lr(self, optimizer, floor: float = 0.0) -> None:
-        """This step's learning rate, times a group's own "lr_scale" if it has one."""
-        self.lr = warmup_cosine(self.step, self.total, self.warmup, self.peak_lr, floor)
+    def set_lr(self, optimizer, floor: float = 0.0, lr: float | None = None) -> None:
+        """This step's learning rate, times a group's own "lr_scale" if it has one: warm-up and
+        cosine, or `lr`."""
+        schedule = warmup_cosine(self.step, self.total, self.warmup, self.peak_lr, floor)
+        self.lr = schedule if lr is None else lr
         for group in optimizer.param_groups:
             group["lr"] = self.lr * group.get("lr_scale", 1.0)
 
     @contextmanager
-    def forward(self, model: nn.Module):
-        """Around the forward pass and loss of a micro-batch: seeds, autocast, and no exchange of
-        gradients before the last micro-batch of a step."""
+    def forward(self, *models: nn.Module):
+        """Around the forward passes and losses of a micro-batch: seeds, autocast, and no exchange
+        of the models' gradients before the last micro-batch of a step."""
         number = self.rank * self.cfg.accumulate + self.micro
         torch.manual_seed(random_seed("model", self.cfg.seed, self.step, number))
         last = self.micro == self.cfg.accumulate - 1
-        with nullcontext() if last or self.world == 1 else model.no_sync(), self.autocast():
+        with ExitStack() as stack:
+            for model in () if last or self.world == 1 else models:
+                stack.enter_context(model.no_sync())
+            stack.enter_context(self.autocast())
             yield
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
-    def backward(self, loss: Tensor) -> None:
-        self.scaler.scale(loss / self.cfg.accumulate).backward()
+    def backward(self, loss: Tensor, **options) -> None:
+        self.scaler.scale(loss / self.cfg.accumulate).backward(**options)
 
-    def update(self, optimizer) -> None:
-        """Clip, step, and clear the gradients."""
-        if self.cfg.clip_grad is not None:
-            self.scaler.unscale_(optimizer)
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(parameters, self.cfg.clip_grad)
-        self.scaler.step(optimizer)
+    def update(self, *optimizers, log_norms: tuple[str, ...] = ()) -> None:
+        """Clip, step, and clear the gradients. `log_norms`: names, one per optimiser, under which
+        the norms of the gradients before clipping are logged."""
+        for optimizer, name in itertools.zip_longest(optimizers, log_norms):
+            if self.cfg.clip_grad is not None or name:
+                self.scaler.unscale_(optimizer)
+                parameters = [p for group in optimizer.param_groups for p in group["params"]]
+                limit = math.inf if self.cfg.clip_grad is None else self.cfg.clip_grad
+                norm = nn.utils.clip_grad_norm_(parameters, limit)
+                # In fp16 a norm that is not finite is normal: the scaler skips that step.
+                if name and not (self.scaler.is_enabled() and not norm.isfinite()):
+                    self.log(**{name: norm})
+            self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
-        optimizer.zero_grad(set_to_none=True)
 
     def log(self, **values: Tensor) -> None:
         """Scalars of a micro-batch, with `loss`, the total; metrics.jsonl has their means."""

@@ -1,68 +1,126 @@
-"""MAE: masked autoencoder, the baseline of every method here (`--variant mae`).
+"""Perceptual MAE, and plain MAE, the baseline of every method here (`--variant mae`).
 
-He, Chen, Xie, Li, Dollar, Girshick. Masked Autoencoders Are Scalable Vision Learners. CVPR 2022,
-arXiv 2111.06377. An encoder sees a random quarter of the patches; a small decoder fills in mask
-tokens and regresses the pixels of the hidden ones. (The variants of Perceptual MAE will join it.)
+Tukra, Hoffman, Chatfield. Improving Visual Representation Learning through Perceptual
+Understanding. CVPR 2023, arXiv 2212.14504. It adds to MAE (He et al., CVPR 2022, arXiv 2111.06377):
+a perceptual loss in the features of a discriminator that is trained alongside, so without another
+network or more data; an adversarial loss; a decoder that paints at many scales and sees the
+encoder's feature maps (multi-scale gradients); StyleGAN2-ADA's way to train the discriminator.
 
-    python mae_perceptual.py                                    # built-in images
-    python mae_perceptual.py --preset cifar                     # CIFAR-10, downloaded
-    python mae_perceptual.py --preset imagenet --accumulate 16  # one GPU
-    torchrun --nproc-per-node 8 mae_perceptual.py --preset imagenet --accumulate 2
+    --variant    decoder        discriminator, adversarial loss                perceptual loss
+    mae          MAE's          none: squared error on (normalised) pixels     no
+    ls           MAE's          one scale, least squares                       yes
+    msg          multi-scale    multi-scale, least squares                     yes
+    msg-ada      multi-scale    multi-scale, logistic, R1, path length, ADA    yes: the full method
+
+    python mae_perceptual.py                                    # built-in images, all of the method
+    python mae_perceptual.py --variant mae                      # the same with plain MAE
+    python mae_perceptual.py --preset cifar --variant ls        # CIFAR-10, downloaded
+    python mae_perceptual.py --preset imagenet --accumulate 2   # one GPU
+    torchrun --nproc-per-node 8 mae_perceptual.py --preset imagenet
+    torchrun --nproc-per-node 8 mae_perceptual.py --preset imagenet-mae --variant mae --accumulate 2
     torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
         mae_perceptual.py --preset imagenet --data /data/imagenet
     python eval_linear.py runs/mae_perceptual-demo --baseline   # then: is the encoder any good?
 
-On two cores of a 2.5 GHz Xeon the first takes 2.5 minutes, and its linear probe gives 65.2 %
-(untrained 47.5). On a GPU, and for the other presets: not yet measured; see the README.
+TIMES
 
-Section of the paper -> code
-    masking (3)                   common.random_masking
-    encoder, decoder (3)          common.ViT, common.Decoder
-    reconstruction target (3)     common.masked_mse, --norm-pix
-    recipe (appendix A)           PRESETS["imagenet"], common.warmup_cosine, common.param_groups
+Equation -> code. x image, y reconstruction (of all patches, nothing pasted in), f_j feature maps
+of a frozen copy of the discriminator D; images are normalised, for D and the losses too.
+    L_pix   = mean |y - x|                                          Adversary.losses
+    L_feat  = sum_j mean |f_j(y) - f_j(x)|                          feature_loss
+    L_style = sum_j mean |G f_j(y) - G f_j(x)|, G F = F F' / CHW    style_loss, gram_matrix
+    L_adv   = (D(y) - 1)^2 / 2     or  softplus(-D(y))              ls_g_loss, logistic_g_loss
+    L_G     = L_pix + 0.05 L_feat + 40 L_style + 0.7 L_adv          Adversary.losses
+    L_D     = (D(x) - 1)^2 / 2 + D(y)^2 / 2
+              or  softplus(-D(x)) + softplus(D(y)) + R1             ls_d_loss, logistic_d_loss
+In metrics.jsonl: loss is L_G, then its terms pix, feat, style, adv; d_loss is L_D without R1; r1,
+path are the penalties before their weights, on the steps that have them; real_score and fake_score
+the means of D(x) and D(y); g_norm and d_norm those of the gradients; ada_p the augmentation's p.
 
-Provenance   paper, and its published code: everything in PRESETS["imagenet"]; initialisation; the
-             loss (mean over a patch's pixels, then over hidden patches; unbiased variance; 1e-6).
-             Our choice: the presets "demo" and "cifar"; zero bias in the patch embedding; a warm-up
-             of at most a fifth of --epochs.
-Known deviations   none in the maths. Hidden patches are dropped before the patch embedding instead
-             of after it: the same numbers for a quarter of its cost. Random numbers differ.
+Provenance   paper: perceptual and style loss in features of D, multi-scale gradients, StyleGAN2-ADA
+    Authors' code: loss weights; which maps are features; a new copy of D every 5 epochs; skips and
+      image heads of the decoder, and their order; layers of both discriminators; gamma of R1; the
+      numbers in PRESETS["imagenet"]. Karras et al. 2020, whom the paper names: logistic loss, lazy
+      R1, path length, augmentations and the rule for p.
+    MAE's paper and code: PRESETS["imagenet-mae"]; initialisation; masked MSE.
+    Our choice: presets "demo" and "cifar"; width of fromRGB; which of a block's convolutions
+      widens; anti-aliased real pyramid; fewer layers of the one-scale D at small images; bf16 on
+      GPUs; a warm-up of at most a fifth of --epochs.
+Known deviations   D and the generator step at the same time, both from one forward pass of each, so
+    that accumulated steps equal whole ones. R1 is that of D's input, after augmentation, which
+    resamples bilinearly: grid_sample has no second derivative. Path length is that of the full-size
+    image. Defects of the released code that are mended: perceptual losses without gradient, an L1
+    counted twice, scores averaged before they are squared, a copy of D that was not frozen, two
+    scales sharing one fromRGB, blocks that never ran, two forward passes a step.
 """
 
+import copy
+import functools
+import math
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import common
 
 
 @dataclass
 class Config(common.Config):
-    variant: Literal["mae"] = "mae"  # mae: masked MSE on pixels
-    norm_pix: bool = True  # regress each patch in units of its own mean and std (MAE, section 3)
+    variant: Literal["mae", "ls", "msg", "msg-ada"] = "msg-ada"  # msg-ada is the full method
+    norm_pix: bool = True  # mae only: regress patches in units of their own mean and std
     decoder_dim: int = 512  # width of the decoder
-    decoder_depth: int = 8  # blocks of the decoder
+    decoder_depth: int = 8  # blocks of the decoder; msg: at least as many as image scales
     decoder_heads: int = 16  # attention heads of the decoder
+    lr_decay: float | None = None  # times this every 30 epochs, instead of warm-up and cosine
+    disc_width: int = 512  # channels of the discriminator's last layers; its cost grows with it
+    disc_lr: float = 1.5e-4  # constant learning rate of the discriminator; lower it if D wins
+    feature_weight: float = 0.05  # of L_feat in the generator's loss
+    style_weight: float = 40.0  # of L_style
+    adv_weight: float = 0.7  # of L_adv
+    r1_gamma: float = 10.0  # msg-ada: weight of R1; small images want less
+    refresh_epochs: float = 5.0  # the perceptual features are renewed every so many epochs
 
     def check(self) -> None:
         super().check()
         common.check_numbers(self, 1, "decoder_dim", "decoder_depth", "decoder_heads")
+        common.check_numbers(self, 0, "feature_weight", "style_weight", "adv_weight", "r1_gamma")
+        common.check_numbers(self, 1e-30, "lr_decay", "disc_lr", "refresh_epochs")
+        if self.variant == "mae" and self.lr_decay is not None:
+            raise common.UserError(
+                "--variant mae has warm-up and cosine, not --lr-decay: use --preset imagenet-mae"
+            )
+        if self.disc_width < 16 or self.disc_width % 16:
+            raise common.UserError(f"--disc-width must be a multiple of 16, not {self.disc_width}")
 
 
 PRESETS = {
     "demo": dict(  # ours, for two cores and two minutes
-        data="shapes", img_size=32, patch_size=4, size="tiny", depth=3,
-        decoder_dim=64, decoder_depth=1, decoder_heads=2, min_crop=0.5,
-        epochs=3, batch_size=64, base_lr=6e-3, warmup_epochs=0.3, knn_every=10,
+        data="shapes", img_size=32, patch_size=4, size="tiny", depth=4,
+        decoder_dim=64, decoder_depth=4, decoder_heads=2, min_crop=0.5,
+        epochs=1, batch_size=32, base_lr=1.2e-2, warmup_epochs=0.3, knn_every=10,
+        disc_width=64, disc_lr=1.5e-3, adv_weight=0.1, refresh_epochs=0.1,
     ),
     "cifar": dict(  # ours
         data="cifar10", img_size=32, patch_size=4, size="tiny",
         decoder_dim=96, decoder_depth=4, decoder_heads=3,
         epochs=200, batch_size=256, base_lr=1.5e-3, warmup_epochs=10,
+        disc_width=128, disc_lr=5e-4, r1_gamma=1.0,
     ),
-    "imagenet": dict(  # MAE, appendix A, table 8; 1600 epochs give the paper's best
+    "imagenet": dict(  # Perceptual MAE, the authors' code
+        data="imagenet", img_size=224, patch_size=16, size="base", mask_ratio=0.75,
+        decoder_dim=512, decoder_depth=8, decoder_heads=16, min_crop=0.2,
+        epochs=300, batch_size=64, lr=1.5e-4, lr_decay=0.9, warmup_epochs=0, weight_decay=0.0,
+        disc_width=512, disc_lr=1.5e-4, feature_weight=0.05, style_weight=40.0, adv_weight=0.7,
+        r1_gamma=10.0, refresh_epochs=5.0, workers=10,
+    ),
+    "imagenet-mae": dict(  # MAE, appendix A, table 8; 1600 epochs give the paper's best
+        variant="mae",
         data="imagenet", img_size=224, patch_size=16, size="base", mask_ratio=0.75,
         decoder_dim=512, decoder_depth=8, decoder_heads=16, norm_pix=True, min_crop=0.2,
         epochs=800, batch_size=4096, base_lr=1.5e-4, warmup_epochs=40, weight_decay=0.05,
@@ -70,26 +128,457 @@ PRESETS = {
     ),
 }  # fmt: skip
 
+# ------------------------------------------------------------------------------ generator
 
-class MAE(nn.Module):
+
+def image_scales(img_size: int) -> list[int]:
+    """Sides of the image pyramid: img_size, then halves of it, the smallest at least 4 pixels."""
+    scales = [img_size]
+    while scales[-1] % 2 == 0 and scales[-1] >= 8:
+        scales.append(scales[-1] // 2)
+    return scales
+
+
+def image_pyramid(imgs: Tensor, scales: list[int]) -> list[Tensor]:
+    """imgs (B, 3, S, S) at the given sides, the first of which is S: bilinear, anti-aliased."""
+    smaller = (F.interpolate(imgs, (s, s), mode="bilinear", antialias=True) for s in scales[1:])
+    return [imgs, *smaller]
+
+
+class ImageHead(nn.Module):
+    """From the decoder's tokens to an image at 1 / 2^level of the full size, level 1 or more."""
+
+    def __init__(self, dim: int, encoder: common.ViT, level: int):
+        super().__init__()
+        self.layout = encoder.patch_size, encoder.grid, encoder.in_chans
+        channels, kernel = encoder.in_chans, 3 if level == 1 else 5
+        self.pred = nn.Linear(dim, encoder.patch_size**2 * channels)
+        self.shrink = nn.AvgPool2d(2 ** (level - 1))
+        self.conv = nn.Conv2d(channels, channels, kernel, 2, kernel // 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (B, 1+L, dim), cls first
+        imgs = common.unpatchify(self.pred(tokens[:, 1:]), *self.layout)
+        return self.conv(self.shrink(imgs))
+
+
+class MSGDecoder(common.Decoder):
+    """MAE's decoder with multi-scale gradients: each block but the first also takes an encoder map,
+    the deepest first, and blocks emit images for each scale of `image_scales`.
+
+    The earliest of the emitting blocks makes the largest of the smaller images, as in the released
+    code; all blocks work on the same grid of tokens, so that no order is more natural.
+    UserError if there are fewer blocks than scales, or than maps."""
+
+    def __init__(self, encoder: common.ViT, dim: int = 512, depth: int = 8, num_heads: int = 16):
+        super().__init__(encoder, dim, depth, num_heads)
+        size = encoder.grid[0] * encoder.patch_size
+        scales = image_scales(size)
+        if len(scales) < 2:
+            raise common.UserError(f"images of {size} px have no smaller scale; 8 px are the least")
+        if depth < len(scales):
+            raise common.UserError(
+                f"{size} px images have {len(scales)} scales ({', '.join(map(str, scales))}) and "
+                f"need as many decoder blocks: --decoder-depth {len(scales)}, not {depth}; or "
+                f"--img-size below {4 * 2**depth}; or --variant ls"
+            )
+        if depth > len(encoder.blocks):
+            raise common.UserError(
+                f"a decoder of {depth} blocks takes maps from {depth - 1} encoder blocks before "
+                f"the last: --depth {depth} or more, not {len(encoder.blocks)}"
+            )
+        self.fuse = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(depth - 1))
+        self.heads = nn.ModuleList(ImageHead(dim, encoder, i + 1) for i in range(len(scales) - 1))
+        self.layout = encoder.patch_size, encoder.grid, encoder.in_chans
+        self.apply(common.init_linear)
+
+    def forward(self, tokens: Tensor, visible: Tensor, maps: list[Tensor]) -> list[Tensor]:
+        """tokens (B, 1+n, D) after the encoder's norm, visible (B, n), maps: outputs (B, 1+n, D) of
+        all its blocks -> images, (B, C, S, S) first, then the smaller ones."""
+        x, smaller = self.fill_in(tokens, visible), []
+        first = len(self.blocks) - 1 - len(self.heads)  # of the blocks that emit
+        for i, block in enumerate(self.blocks):
+            if i > 0:
+                skip = self.fill_in(maps[-1 - i], visible)
+                x = self.fuse[i - 1](torch.cat([x, skip], dim=2))
+            x = block(x)
+            if first <= i < len(self.blocks) - 1:
+                smaller.append(self.heads[i - first](x))
+        return [common.unpatchify(self.pred(self.norm(x[:, 1:])), *self.layout), *smaller]
+
+
+class PerceptualMAE(nn.Module):
+    """MAE. With an MSGDecoder it reconstructs a pyramid of images, with common.Decoder patches."""
+
     def __init__(self, encoder: common.ViT, decoder: nn.Module, mask_ratio: float = 0.75):
         super().__init__()
         self.encoder, self.decoder, self.mask_ratio = encoder, decoder, mask_ratio
 
-    def forward(self, imgs: Tensor) -> tuple[Tensor, Tensor]:
-        """imgs (B, C, H, W) -> predicted patches (B, L, p*p*C), mask (B, L), True = hidden."""
+    def forward(self, imgs: Tensor, return_tokens: bool = False):
+        """imgs (B, C, H, W) -> reconstruction, mask (B, L), True = hidden; the reconstruction is a
+        list of images, largest first, or patches (B, L, p*p*C). On demand also the tokens
+        (B, 1+n, D) that the decoder was given."""
         num_patches = self.encoder.num_patches
         visible, mask = common.random_masking(len(imgs), num_patches, self.mask_ratio, imgs.device)
-        return self.decoder(self.encoder(imgs, visible), visible), mask
+        x, maps = self.encoder.embed(imgs, visible), []
+        for block in self.encoder.blocks:
+            x = block(x)
+            maps.append(x)
+        tokens = self.encoder.norm(x)
+        skips = (maps,) if isinstance(self.decoder, MSGDecoder) else ()
+        reconstruction = self.decoder(tokens, visible, *skips)
+        return (reconstruction, mask, tokens) if return_tokens else (reconstruction, mask)
+
+    def images(self, reconstruction: Tensor | list[Tensor]) -> list[Tensor]:
+        """A reconstruction as a list of fp32 images, largest first."""
+        if isinstance(reconstruction, Tensor):
+            vit = self.encoder
+            whole = common.unpatchify(reconstruction, vit.patch_size, vit.grid, vit.in_chans)
+            reconstruction = [whole]
+        return [image.float() for image in reconstruction]
+
+
+# ------------------------------------------------------------------------------ discriminators
+
+
+class Discriminator(nn.Module):
+    """One scale: 5 convolutions of stride 2, fewer where 4 x 4 would not remain, then the score."""
+
+    def __init__(self, img_size: int, width: int = 512, in_chans: int = 3):
+        super().__init__()
+        kernels, widths = (7, 5, 5, 3, 3), (width // 8, width // 4, width // 2, width, width)
+        stages, side = [], img_size
+        for i in range(min(5, len(image_scales(img_size)) - 1)):
+            conv = nn.Conv2d(in_chans, widths[i], kernels[i], 2, kernels[i] // 2)
+            norm = nn.BatchNorm2d(widths[i]) if i > 0 else nn.Identity()
+            stages.append(nn.Sequential(conv, norm, nn.LeakyReLU(0.2)))
+            in_chans, side = widths[i], side // 2
+        if not stages:
+            raise common.UserError(f"images of {img_size} px are too small: 8 px are the least")
+        self.stages = nn.ModuleList(stages)
+        self.score = nn.Linear(in_chans * side * side, 1)
+
+    def forward(self, images: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """A list of one tensor (B, 3, S, S) -> scores (B,) fp32; outputs of the first 4 stages."""
+        (x,), features = images, []
+        for stage in self.stages:
+            x = stage(x)
+            features.append(x)
+        return self.score(x.flatten(1)).float()[:, 0], features[:4]
+
+
+class MSGDiscriminator(nn.Module):
+    """Reads the whole pyramid: each scale enters by a fromRGB of its own, at its resolution."""
+
+    def __init__(self, img_size: int, width: int = 512, in_chans: int = 3):
+        super().__init__()
+        scales = image_scales(img_size)
+        rgb, in_width = width // 16, 0
+        self.from_rgb = nn.ModuleList(nn.Conv2d(in_chans, rgb, 1) for _ in scales)
+        self.blocks = nn.ModuleList()
+        for i in range(len(scales) - 1):
+            in_width, out_width = in_width + rgb, min(width // 8 << i, width // 2)
+            self.blocks.append(nn.Sequential(
+                nn.Conv2d(in_width, in_width, 3, padding=1), nn.LeakyReLU(0.2),
+                nn.Conv2d(in_width, out_width, 3, padding=1), nn.LeakyReLU(0.2), nn.AvgPool2d(2),
+            ))  # fmt: skip
+            in_width = out_width
+        self.final = nn.Sequential(
+            nn.Conv2d(in_width + rgb + 1, width, 3, padding=1), nn.LeakyReLU(0.2),
+            nn.Conv2d(width, width, 4), nn.LeakyReLU(0.2),
+            nn.Conv2d(width, width, 1), nn.LeakyReLU(0.2), nn.Flatten(),
+            nn.Linear(width * (scales[-1] - 3) ** 2, 1),
+        )  # fmt: skip
+
+    def forward(self, images: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Images (B, 3, S, S), largest first -> scores (B,) fp32; the outputs of the blocks."""
+        rgb = [F.leaky_relu(layer(x), 0.2) for layer, x in zip(self.from_rgb, images, strict=True)]
+        x, features = rgb[0], []
+        for block, smaller in zip(self.blocks, rgb[1:], strict=True):
+            features.append(block(x))
+            x = torch.cat([features[-1], smaller], dim=1)
+        # Minibatch standard deviation (Karras et al. 2018): alike images give D away.
+        spread = (x.float().var(dim=0, unbiased=False) + 1e-8).sqrt().mean().to(x.dtype)
+        x = torch.cat([x, spread.expand(len(x), 1, *x.shape[2:])], dim=1)
+        return self.final(x).float()[:, 0], features
+
+
+# ------------------------------------------------------------------------------ losses
+
+
+def gram_matrix(f: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, C, C): products of channels over CHW, in fp32: half precision would lose
+    the small differences between two of them."""
+    with torch.autocast(f.device.type, enabled=False):
+        rows = f.float().flatten(2)
+        return rows @ rows.mT / rows[0].numel()
+
+
+def feature_loss(fake: list[Tensor], real: list[Tensor]) -> Tensor:
+    """L_feat of feature maps (B, C, H, W)."""
+    return sum((f.float() - r.float()).abs().mean() for f, r in zip(fake, real, strict=True))
+
+
+def style_loss(fake: list[Tensor], real: list[Tensor]) -> Tensor:
+    """L_style of feature maps (B, C, H, W)."""
+    return feature_loss([gram_matrix(f) for f in fake], [gram_matrix(r) for r in real])
+
+
+def ls_d_loss(real_score: Tensor, fake_score: Tensor) -> Tensor:
+    """Least squares, on raw scores (B,) of each image."""
+    return 0.5 * (real_score - 1).square().mean() + 0.5 * fake_score.square().mean()
+
+
+def ls_g_loss(fake_score: Tensor) -> Tensor:
+    return 0.5 * (fake_score - 1).square().mean()
+
+
+def logistic_d_loss(real_score: Tensor, fake_score: Tensor) -> Tensor:
+    return F.softplus(-real_score).mean() + F.softplus(fake_score).mean()
+
+
+def logistic_g_loss(fake_score: Tensor) -> Tensor:
+    """Not saturating: the gradient stays while D tells fakes easily."""
+    return F.softplus(-fake_score).mean()
+
+
+def r1_penalty(real_score: Tensor, images: list[Tensor]) -> Tensor:
+    """Squared norm of D's gradient (Mescheder et al. 2018), summed over scales, mean over images.
+    Scores (B,), made from images that require a gradient."""
+    gradients = torch.autograd.grad(real_score.sum(), images, create_graph=True)
+    return sum(gradient.square().sum(dim=(1, 2, 3)) for gradient in gradients).mean()
+
+
+class PathLength(nn.Module):
+    """Path length penalty (Karras et al. 2020, StyleGAN2): a step of fixed length in the tokens
+    should change the image by a fixed amount, whatever the tokens and the direction."""
+
+    def __init__(self, decay: float = 0.01):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, imgs: Tensor, tokens: Tensor) -> Tensor:
+        """imgs (B, C, H, W) made from tokens (B, n, D) -> mean squared difference of the lengths to
+        their running mean. Needs the second derivative of everything in between."""
+        noise = torch.randn_like(imgs) / math.sqrt(imgs[0, 0].numel())
+        (gradient,) = torch.autograd.grad((imgs * noise).sum(), tokens, create_graph=True)
+        lengths = (gradient.float().square().sum(dim=2).mean(dim=1) + 1e-12).sqrt()
+        self.mean.lerp_(mean_over_processes(lengths.detach().mean()), self.decay)
+        return (lengths - self.mean).square().mean()
+
+
+def mean_over_processes(x: Tensor) -> Tensor:
+    if dist.is_initialized():
+        x = x / dist.get_world_size()
+        dist.all_reduce(x)
+    return x
+
+
+# ------------------------------------------------------------------------------ augmentation
+
+
+class AdaptiveAugment(nn.Module):
+    """Augmentation of all that D sees (Karras et al. 2020, "bgc": flips, turns, shifts; scaling,
+    rotation; colour), with a probability p that rises while D is too sure of real images."""
+
+    def __init__(self, target: float = 0.6, every: int = 4, speed: int = 500_000):
+        super().__init__()
+        self.target, self.every, self.speed = target, every, speed
+        self.p, self.signs, self.calls, self.images = 0.0, torch.zeros(()), 0, 0
+
+    def forward(self, pyramid: list[Tensor]) -> list[Tensor]:
+        """Normalised images (B, 3, S, S), largest first -> the same, every image changed by one
+        affine map and one colour map at all its scales. Reflected at the borders."""
+        if self.p == 0:
+            return pyramid
+        device, result = pyramid[0].device, []
+        with torch.autocast(device.type, enabled=False):
+            affine = random_affine(len(pyramid[0]), self.p, pyramid[0].shape[-1], device)
+            colour, offset = random_colour(len(pyramid[0]), self.p, device)
+            for imgs in pyramid:
+                grid = F.affine_grid(affine, list(imgs.shape), align_corners=False)
+                imgs = F.grid_sample(
+                    imgs.float(), grid, padding_mode="reflection", align_corners=False
+                )
+                result.append((colour @ imgs.flatten(2) + offset).view_as(imgs))
+        return result
+
+    def update(self, real_scores: Tensor, batch_size: int) -> None:
+        """Once a step: D's scores (b,) of real images in this process, and how many images all the
+        processes saw. Every 4 steps r_t = E[sign D(x)] is compared with 0.6, and p goes up or down
+        at a speed of 1 in 500 000 images."""
+        signs = mean_over_processes(real_scores.detach().sign().mean())
+        self.signs, self.calls = self.signs + signs, self.calls + 1
+        self.images += batch_size
+        if self.calls == self.every:
+            r_t = self.signs.item() / self.every
+            step = math.copysign(self.images / self.speed, r_t - self.target)
+            self.p = min(max(self.p + (r_t != self.target) * step, 0.0), 1.0)
+            self.signs, self.calls, self.images = torch.zeros_like(self.signs), 0, 0
+
+    def get_extra_state(self) -> dict:
+        return dict(p=self.p, signs=self.signs, calls=self.calls, images=self.images)
+
+    def set_extra_state(self, state: dict) -> None:
+        self.p, self.signs, self.calls, self.images = (
+            state[name] for name in ("p", "signs", "calls", "images")
+        )
+
+
+def random_affine(count: int, p: float, size: int, device) -> Tensor:
+    """Maps (count, 2, 3) from places in the result to places in the image, sides at -1 and 1. Each
+    operation is switched on with probability p; off, its parameter is 0 and it does nothing.
+    Inverting one negates its parameter, which leaves the distribution as it is."""
+
+    def switched(x: Tensor, chance: float = p) -> Tensor:
+        return x * (torch.rand(count, device=device) < chance)
+
+    def uniform() -> Tensor:
+        return 2 * torch.rand(count, device=device) - 1
+
+    def normal() -> Tensor:
+        return torch.randn(count, device=device)
+
+    def matrix(a, b, c, d, x, y) -> Tensor:
+        row = torch.stack([v.expand(count) for v in (a, b, x, c, d, y, zero, zero, one)], dim=1)
+        return row.view(count, 3, 3)
+
+    def stretch(x: Tensor, y: Tensor) -> Tensor:
+        return matrix(x, zero, zero, y, zero, zero)
+
+    def rotate(angle: Tensor) -> Tensor:
+        sin, cos = angle.sin(), angle.cos()
+        return matrix(cos, -sin, sin, cos, zero, zero)
+
+    def shift(x: Tensor, y: Tensor) -> Tensor:
+        return matrix(one, zero, zero, one, x, y)
+
+    zero, one = torch.zeros((), device=device), torch.ones((), device=device)
+    rotation = 1 - math.sqrt(1 - p)  # before and after stretching: p that it happens at all
+    flip = 1 - 2 * switched((uniform() > 0).float())
+    turns = switched((4 * torch.rand(count, device=device)).floor())
+    x, y = ((0.125 * size * uniform()).round() * 2 / size for _ in range(2))
+    on = switched(one)
+    scale, aspect = 2 ** switched(0.2 * normal()), 2 ** switched(0.2 * normal())
+    transform = stretch(flip, one) @ rotate(turns * (math.pi / 2)) @ shift(x * on, y * on)
+    transform = transform @ stretch(scale, scale) @ rotate(switched(math.pi * uniform(), rotation))
+    transform = transform @ stretch(aspect, 1 / aspect)
+    transform = transform @ rotate(switched(math.pi * uniform(), rotation))
+    on = switched(one)
+    return (transform @ shift(0.25 * normal() * on, 0.25 * normal() * on))[:, :2]
+
+
+def random_colour(count: int, p: float, device) -> tuple[Tensor, Tensor]:
+    """Matrices (count, 3, 3) and offsets (count, 3, 1) for normalised RGB. Brightness b, contrast
+    c, luma flip, hue rotation and saturation s, in this order, of colours in -1..1. The last four
+    leave the grey axis and the plane across it apart: their product has a closed form."""
+
+    def switched(x: Tensor) -> Tensor:
+        return (x * (torch.rand(count, device=device) < p)).view(count, 1, 1)
+
+    b = switched(0.2 * torch.randn(count, device=device))
+    c = 2 ** switched(0.5 * torch.randn(count, device=device))
+    flip = switched((torch.rand(count, device=device) < 0.5).float())
+    hue = switched(math.pi * (2 * torch.rand(count, device=device) - 1))
+    s = 2 ** switched(torch.randn(count, device=device))
+    grey = torch.full((3, 3), 1 / 3, device=device)
+    plane = torch.eye(3, device=device) - grey
+    turn = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]], device=device) / math.sqrt(3)
+    matrix = c * ((1 - 2 * flip) * grey + s * (hue.cos() * plane + hue.sin() * turn))
+    mean, std = (torch.tensor(x, device=device).view(3, 1) for x in (common.MEAN, common.STD))
+    scale, origin = 2 * std, 2 * mean - 1  # normalised x is scale * x + origin in -1..1
+    return matrix * scale.T / scale, (matrix @ (origin + b) - origin) / scale
+
+
+# ------------------------------------------------------------------------------ the two players
+
+
+@contextmanager
+def twice_differentiable():
+    """Forward passes whose gradient can be differentiated: neither fused attention nor compiled
+    code can be."""
+    with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+        yield
+
+
+class Adversary(nn.Module):
+    """What the generator trains against, and all its state: the discriminator; its frozen copy, in
+    whose features images are compared; with `ada` the augmentation and the path length."""
+
+    def __init__(self, discriminator: nn.Module, ada: bool = True, feature_weight: float = 0.05,
+                 style_weight: float = 40.0, adv_weight: float = 0.7, r1_gamma: float = 10.0,
+                 path_weight: float = 2.0, r1_every: int = 16, path_every: int = 4):
+        super().__init__()
+        self.discriminator, self.frozen = discriminator, copy.deepcopy(discriminator)
+        self.frozen.eval().requires_grad_(False)
+        self.augment, self.path_length = AdaptiveAugment(), PathLength()
+        self.ada, self.r1_gamma, self.r1_every = ada, r1_gamma, r1_every
+        self.path_weight, self.path_every = path_weight, path_every
+        self.feature_weight, self.style_weight = feature_weight, style_weight
+        self.adv_weight = adv_weight
+
+    def refresh(self) -> None:
+        """Copy D, batch statistics included (of the first process: each has its own)."""
+        self.frozen.load_state_dict(self.discriminator.state_dict())
+        for buffer in self.frozen.buffers() if dist.is_initialized() else ():
+            dist.broadcast(buffer, 0)
+
+    def losses(self, model: nn.Module, discriminator: nn.Module, imgs: Tensor, step: int):
+        """imgs (B, 3, S, S) -> loss of the generator, loss of D, terms to log. `model` and
+        `discriminator`: the modules to call, wrapped for several processes.
+
+        Both losses come from one forward pass of each network. So the generator's must be
+        differentiated for the generator's parameters alone, and D's for those of D."""
+        path, r1 = (self.ada and step % n == 0 for n in (self.path_every, self.r1_every))
+        generator = getattr(model, "module", model)
+        with twice_differentiable() if path else nullcontext():
+            reconstruction, _, *tokens = model(imgs, return_tokens=path)
+        fake = generator.images(reconstruction)
+        real = image_pyramid(imgs, [image.shape[-1] for image in fake])
+
+        with torch.no_grad():
+            _, real_features = self.frozen(real)
+        _, fake_features = self.frozen(fake)
+        pix = (fake[0] - real[0]).abs().mean()
+        feat = feature_loss(fake_features, real_features)
+        style = style_loss(fake_features, real_features)
+
+        if self.ada:
+            real, fake_seen = self.augment(real), self.augment(fake)
+        else:
+            fake_seen = fake
+        real = [image.detach().requires_grad_(r1) for image in real]
+        fake_score, _ = discriminator(fake_seen)
+        with torch.autocast(imgs.device.type, enabled=False) if r1 else nullcontext():
+            real_score, _ = discriminator(real)
+        adv = logistic_g_loss(fake_score) if self.ada else ls_g_loss(fake_score)
+        d_loss = (logistic_d_loss if self.ada else ls_d_loss)(real_score, fake_score)
+
+        g_loss = pix + self.feature_weight * feat + self.style_weight * style
+        g_loss = g_loss + self.adv_weight * adv
+        terms = dict(loss=g_loss, pix=pix, feat=feat, style=style, adv=adv, d_loss=d_loss,
+                     real_score=real_score.mean(), fake_score=fake_score.mean())  # fmt: skip
+        if r1:
+            terms["r1"] = r1_penalty(real_score, real)
+            d_loss = d_loss + self.r1_every * self.r1_gamma / 2 * terms["r1"]
+        if path:
+            terms["path"] = self.path_length(fake[0], *tokens)
+            g_loss = g_loss + self.path_every * self.path_weight * terms["path"]
+        return g_loss, d_loss, terms, real_score
+
+
+# ------------------------------------------------------------------------------ training
 
 
 @torch.no_grad()
-def reconstruct(model: MAE, imgs: Tensor, norm_pix: bool) -> dict[str, Tensor]:
-    """Rows of the reconstruction picture: label -> (N, 3, H, W) in 0..1."""
+def reconstruct(model: PerceptualMAE, imgs: Tensor, norm_pix: bool) -> dict[str, Tensor]:
+    """Rows of the reconstruction picture: label -> (N, 3, H, W) in 0..1. `norm_pix`: patches were
+    predicted in units of their own mean and std."""
     p, grid, channels = model.encoder.patch_size, model.encoder.grid, imgs.shape[1]
     pred, mask = model.forward(imgs)  # not compiled anew for this number of images
-    pred, patches, hidden = pred.float(), common.patchify(imgs, p), mask[:, :, None]
-    note = ""
+    whole, *smaller = model.images(pred)
+    pred, patches = common.patchify(whole, p), common.patchify(imgs, p)
+    hidden, note = mask[:, :, None], ""
     if norm_pix:
         mean, std = common.patch_statistics(patches)
         pred, note = pred * std + mean, " (with the true mean and contrast of each patch)"
@@ -99,13 +588,38 @@ def reconstruct(model: MAE, imgs: Tensor, norm_pix: bool) -> dict[str, Tensor]:
         f"prediction{note}": pred,
         "prediction + visible": torch.where(hidden, pred, patches),
     }
-    return {k: common.denormalize(common.unpatchify(x, p, grid, channels)) for k, x in rows.items()}
+    rows = {k: common.unpatchify(x, p, grid, channels) for k, x in rows.items()}
+    for image in smaller:
+        label = f"prediction at {image.shape[-1]} px"
+        rows[label] = F.interpolate(image, imgs.shape[-2:], mode="nearest")
+    return {k: common.denormalize(x) for k, x in rows.items()}
 
 
-def build(cfg: Config) -> MAE:
+def build(cfg: Config) -> PerceptualMAE:
     encoder = cfg.vit()
-    decoder = common.Decoder(encoder, cfg.decoder_dim, cfg.decoder_depth, cfg.decoder_heads)
-    return MAE(encoder, decoder, cfg.mask_ratio)
+    decoder = MSGDecoder if cfg.variant.startswith("msg") else common.Decoder
+    decoder = decoder(encoder, cfg.decoder_dim, cfg.decoder_depth, cfg.decoder_heads)
+    return PerceptualMAE(encoder, decoder, cfg.mask_ratio)
+
+
+def build_adversary(cfg: Config) -> Adversary:
+    kind = MSGDiscriminator if cfg.variant.startswith("msg") else Discriminator
+    discriminator = kind(cfg.img_size, cfg.disc_width)
+    return Adversary(
+        discriminator.to(memory_format=torch.channels_last), ada=cfg.variant == "msg-ada",
+        feature_weight=cfg.feature_weight, style_weight=cfg.style_weight,
+        adv_weight=cfg.adv_weight, r1_gamma=cfg.r1_gamma,
+    )  # fmt: skip
+
+
+def adamw(model: nn.Module, weight_decay: float, lr: float = 0.0) -> torch.optim.Optimizer:
+    """MAE's AdamW; without weight decay it is the Adam of Perceptual MAE."""
+    groups = common.param_groups(model, weight_decay)
+    return torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=True)
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 @common.entry_point
@@ -114,27 +628,56 @@ def main(cfg: Config) -> None:
     model = build(cfg).to(run.device)
     if cfg.init_from:
         common.init_from(cfg.init_from, model.encoder, model.decoder)
-    groups = common.param_groups(model, cfg.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    optimizer = adamw(model, cfg.weight_decay)
+    parts = dict(model=model, optimizer=optimizer)
+    adversarial = cfg.variant != "mae"
+    if adversarial:
+        adversary = build_adversary(cfg).to(run.device)
+        d_optimizer = adamw(adversary.discriminator, 0.0, cfg.disc_lr)
+        parts |= dict(adversary=adversary, d_optimizer=d_optimizer)
 
     train, val = common.pretraining_images(cfg, run.device)
     loader = common.TrainLoader(train, cfg, run, cfg.img_size)
     pictures = common.eval_batches(val or train, cfg.img_size, run.device, limit=8, share=False)
     examples, _ = next(pictures)
-    run.start(loader, val, model=model, optimizer=optimizer)
+    picture = functools.partial(reconstruct, model, examples, cfg.norm_pix and not adversarial)
+    run.start(loader, val, **parts)
     ddp = run.wrap(model)
-    for _ in run.epochs():
+    if adversarial:
+        ddp_d = run.wrap(adversary.discriminator, compile=False)
+        refresh_every = max(1, round(cfg.refresh_epochs * loader.steps))
+    for epoch in run.epochs():
+        lr = None  # warm-up and cosine
+        if cfg.lr_decay is not None:
+            lr = run.peak_lr * cfg.lr_decay ** ((epoch - 1) // 30)
         for micro_batches in run.steps():
-            run.set_lr(optimizer)
+            run.set_lr(optimizer, lr=lr)
+            if not adversarial:
+                for imgs, _ in micro_batches:
+                    with run.forward(ddp):
+                        pred, mask = ddp(imgs)
+                        target = common.patchify(imgs, cfg.patch_size)
+                        loss = common.masked_mse(pred, target, mask, cfg.norm_pix)
+                    run.backward(loss)
+                    run.log(loss=loss)
+                run.update(optimizer)
+                continue
+
+            if run.step % refresh_every == 0:
+                adversary.refresh()
+            real_scores = []
             for imgs, _ in micro_batches:
-                with run.forward(ddp):
-                    pred, mask = ddp(imgs)
-                    target = common.patchify(imgs, cfg.patch_size)
-                    loss = common.masked_mse(pred, target, mask, cfg.norm_pix)
-                run.backward(loss)
-                run.log(loss=loss)
-            run.update(optimizer)
-        run.end_epoch(model.encoder, lambda: reconstruct(model, examples, cfg.norm_pix))
+                with run.forward(ddp, ddp_d):
+                    g_loss, d_loss, terms, score = adversary.losses(ddp, ddp_d, imgs, run.step)
+                run.backward(d_loss, inputs=trainable(ddp_d), retain_graph=True)
+                run.backward(g_loss, inputs=trainable(ddp))
+                run.log(**terms)
+                real_scores.append(score)
+            if adversary.ada:
+                adversary.augment.update(torch.cat(real_scores), cfg.batch_size)
+            run.update(optimizer, d_optimizer, log_norms=("g_norm", "d_norm"))
+        results = dict(ada_p=adversary.augment.p) if adversarial and adversary.ada else {}
+        run.end_epoch(model.encoder, picture, **results)
     run.finish()
 
 

@@ -32,7 +32,7 @@ except ImportError:
 class TimmMAE(nn.Module):
     """The published form of MAE: all patches are embedded, then most are dropped."""
 
-    def __init__(self, ours: mae_perceptual.MAE):
+    def __init__(self, ours: mae_perceptual.PerceptualMAE):
         super().__init__()
         vit, decoder = ours.encoder, ours.decoder
         block, norm = timm.models.vision_transformer.Block, lambda d: nn.LayerNorm(d, eps=1e-6)

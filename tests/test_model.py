@@ -197,9 +197,9 @@ def test_drop_path_drops_whole_branches_of_images():
     assert [b.drop_path for b in small_vit(depth=3, drop_path=0.2).blocks] == [0.0, 0.1, 0.2]
 
 
-def tiny_mae(**changes) -> mae_perceptual.MAE:
+def tiny_mae(**changes) -> mae_perceptual.PerceptualMAE:
     vit = small_vit(**changes)
-    return mae_perceptual.MAE(vit, Decoder(vit, 16, 1, 2), mask_ratio=0.75)
+    return mae_perceptual.PerceptualMAE(vit, Decoder(vit, 16, 1, 2), mask_ratio=0.75)
 
 
 @pytest.mark.parametrize("channels, size", [(1, 16), (3, (8, 16)), (5, 16)])
@@ -281,7 +281,7 @@ def test_encoder_loads_into_timm_and_gives_the_same_features(size, tmp_path):
         assert torch.equal(again(imgs), vit(imgs))
 
 
-def published_layout(model: mae_perceptual.MAE) -> dict:
+def published_layout(model: mae_perceptual.PerceptualMAE) -> dict:
     """The flat keys of the published MAE checkpoints."""
     flat = {}
     for name, value in model.state_dict().items():

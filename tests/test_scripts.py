@@ -18,7 +18,7 @@ import common
 import eval_linear
 import mae_perceptual
 
-MAE = ["--decoder-dim", "16", "--decoder-depth", "1", "--decoder-heads", "2"]
+MAE = ["--variant", "mae", "--decoder-dim", "16", "--decoder-depth", "1", "--decoder-heads", "2"]
 
 
 def train(out, data, *flags):
@@ -73,7 +73,8 @@ def test_run_folder(tmp_path, shapes_folder, capsys):
 
 def test_the_imagenet_preset_is_the_published_recipe():
     """MAE, appendix A, table 8, and section 4; every number written out once more."""
-    cfg = common.parse(mae_perceptual.Config, mae_perceptual.PRESETS, ["--preset", "imagenet"])
+    cfg = common.parse(mae_perceptual.Config, mae_perceptual.PRESETS, ["--preset", "imagenet-mae"])
+    assert cfg.variant == "mae"
     assert (cfg.size, cfg.img_size, cfg.patch_size, cfg.mask_ratio) == ("base", 224, 16, 0.75)
     assert (cfg.decoder_dim, cfg.decoder_depth, cfg.decoder_heads) == (512, 8, 16)
     assert (cfg.epochs, cfg.warmup_epochs, cfg.batch_size) == (800, 40, 4096)

@@ -1,0 +1,597 @@
+"""Perceptual MAE: each part against a slow version of its equation, then the variants as runs."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from conftest import ROOT, TINY, run_script
+from torch import nn
+from torch.nn import functional as F
+
+import common
+import eval_linear
+import mae_perceptual as pm
+from common import UserError
+
+GAN = ["--depth", "3", "--decoder-dim", "16", "--decoder-depth", "3", "--decoder-heads", "2",
+       "--disc-width", "16", "--refresh-epochs", "0.5", "--adv-weight", "0.7"]  # fmt: skip
+ADVERSARIAL = ["ls", "msg", "msg-ada"]
+
+
+def config(variant, *flags):
+    return common.parse(pm.Config, pm.PRESETS, [*TINY, *GAN, "--variant", variant, *flags])
+
+
+def train(out, data, variant, *flags):
+    flags = [str(f) for f in ("--out", out, "--data", data, *flags)]
+    pm.main(config(variant, *flags))
+
+
+def players(variant, size=16, seed=0):
+    torch.manual_seed(seed)
+    cfg = config(variant, "--img-size", str(size))
+    return pm.build(cfg), pm.build_adversary(cfg)
+
+
+def feature_maps(count=3):
+    return [torch.randn(2, 4, 3, 5) for _ in range(count)]
+
+
+# ------------------------------------------------------------------------------ losses
+
+
+def test_gram_feature_and_style_loss_equal_loops():
+    torch.manual_seed(0)
+    fake, real = feature_maps(), feature_maps()
+
+    def gram(f):
+        b, c, h, w = f.shape
+        out = torch.zeros(b, c, c)
+        for n in range(b):
+            for i in range(c):
+                for j in range(c):
+                    for y in range(h):
+                        for x in range(w):
+                            out[n, i, j] += f[n, i, y, x] * f[n, j, y, x]
+        return out / (c * h * w)
+
+    for f in fake:
+        torch.testing.assert_close(pm.gram_matrix(f), gram(f), atol=1e-6, rtol=1e-5)
+    feat, style = 0.0, 0.0
+    for f, r in zip(fake, real, strict=True):
+        feat += sum(abs(a - b) for a, b in zip(f.flatten(), r.flatten(), strict=True)) / f.numel()
+        f, r = gram(f).flatten(), gram(r).flatten()
+        style += sum(abs(a - b) for a, b in zip(f, r, strict=True)) / f.numel()
+    torch.testing.assert_close(pm.feature_loss(fake, real), feat)
+    torch.testing.assert_close(pm.style_loss(fake, real), style)
+
+
+def test_gram_is_fp32_under_autocast():
+    f = 100 * torch.rand(1, 2, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        gram = pm.gram_matrix(f)
+    assert gram.dtype == torch.float32
+    torch.testing.assert_close(gram, pm.gram_matrix(f))
+
+
+def test_adversarial_losses_equal_their_formulas_per_image():
+    real, fake = torch.tensor([2.0, 0.0, -1.0]), torch.tensor([1.0, -1.0, 0.5])
+    assert pm.ls_d_loss(real, fake).item() == pytest.approx((1 + 1 + 4) / 6 + (1 + 1 + 0.25) / 6)
+    assert pm.ls_g_loss(fake).item() == pytest.approx((0 + 4 + 0.25) / 6)
+    logistic = [math.log(1 + math.exp(-r)) + math.log(1 + math.exp(f))
+                for r, f in zip(real.tolist(), fake.tolist(), strict=True)]  # fmt: skip
+    assert pm.logistic_d_loss(real, fake).item() == pytest.approx(sum(logistic) / 3)
+    expected = sum(math.log(1 + math.exp(-f)) for f in fake.tolist()) / 3
+    assert pm.logistic_g_loss(fake).item() == pytest.approx(expected)
+    # Errors of opposite sign do not cancel: their mean is right, and yet there is a loss.
+    assert pm.ls_d_loss(torch.tensor([0.0, 2.0]), torch.tensor([-1.0, 1.0])).item() == 1
+
+
+def test_r1_and_path_length_of_functions_whose_gradient_is_known():
+    torch.manual_seed(0)
+    images = [torch.randn(3, 3, s, s, requires_grad=True) for s in (8, 4)]
+    weights = [torch.randn(3, s, s) for s in (8, 4)]
+    square = sum((w * x.square()).sum(dim=(1, 2, 3)) for w, x in zip(weights, images, strict=True))
+    expected = sum((2 * w * x).square().sum() for w, x in zip(weights, images, strict=True)) / 3
+    torch.testing.assert_close(pm.r1_penalty(square, images), expected)
+    assert torch.autograd.grad(pm.r1_penalty(square, images), images[0])[0].abs().sum() > 0
+
+    matrix = nn.Parameter(torch.randn(3 * 4 * 4, 5 * 6))  # image = matrix @ tokens
+    tokens, path = torch.randn(2, 5, 6, requires_grad=True), pm.PathLength()
+    mean = 0.0
+    for seed in range(3):
+        imgs = (tokens.flatten(1) @ matrix.T).view(2, 3, 4, 4)
+        torch.manual_seed(seed)
+        penalty = path(imgs, tokens)
+        torch.manual_seed(seed)
+        noise = torch.randn(2, 48) / math.sqrt(16)
+        lengths = (noise @ matrix).view(2, 5, 6).square().sum(2).mean(1).sqrt()
+        mean += 0.01 * (lengths.mean().item() - mean)
+        assert path.mean.item() == pytest.approx(mean, rel=1e-5)
+        torch.testing.assert_close(penalty, (lengths - mean).square().mean())
+    assert torch.autograd.grad(penalty, matrix)[0].abs().sum() > 0
+
+
+# ------------------------------------------------------------------------------ generator
+
+
+def test_pyramid_is_a_triangle_filter():
+    assert pm.image_scales(224) == [224, 112, 56, 28, 14, 7]
+    assert pm.image_scales(32) == [32, 16, 8, 4]
+    assert pm.image_scales(96) == [96, 48, 24, 12, 6] and pm.image_scales(36) == [36, 18, 9]
+    imgs = torch.randn(2, 3, 16, 16)
+    pyramid = pm.image_pyramid(imgs, [16, 8, 4])
+    assert pyramid[0] is imgs and [x.shape[-1] for x in pyramid] == [16, 8, 4]
+    for small, k in ((pyramid[1], 2), (pyramid[2], 4)):
+        matrix = torch.zeros(16 // k, 16)
+        for i in range(16 // k):
+            for j in range(16):
+                matrix[i, j] = max(0, 1 - abs((j + 0.5) - (i + 0.5) * k) / k)
+        matrix /= matrix.sum(1, keepdim=True)
+        torch.testing.assert_close(small, matrix @ imgs @ matrix.T, atol=1e-5, rtol=1e-5)
+
+
+def test_msg_decoder_equals_a_slow_version():
+    """One image at a time, tokens put in their places one by one, maps named by their blocks."""
+    torch.manual_seed(0)
+    vit = common.ViT(16, 4, embed_dim=12, depth=6, num_heads=3)
+    dec = pm.MSGDecoder(vit, dim=8, depth=5, num_heads=2)
+    nn.init.normal_(dec.mask_token)
+    imgs, (visible, _) = torch.randn(2, 3, 16, 16), common.random_masking(2, 16, 0.75)
+    x, maps = vit.embed(imgs, visible), []
+    for block in vit.blocks:
+        x = block(x)
+        maps.append(x)
+    got = dec(vit.norm(x), visible, maps)
+    assert [image.shape[-1] for image in got] == [16, 8, 4]
+
+    def place(tokens, n):
+        full = [dec.embed(tokens[n, 0])] + [dec.mask_token[0, 0]] * 16
+        for k, position in enumerate(visible[n].tolist()):
+            full[1 + position] = dec.embed(tokens[n, 1 + k])
+        return torch.stack(full)[None] + dec.pos_embed
+
+    def paint(patches):  # (1, 16, 48)
+        image = torch.zeros(1, 3, 16, 16)
+        for at in range(16):
+            block = patches[0, at].view(4, 4, 3).permute(2, 0, 1)
+            row, column = 4 * (at // 4), 4 * (at % 4)
+            image[0, :, row : row + 4, column : column + 4] = block
+        return image
+
+    for n in range(2):
+        y = dec.blocks[0](place(vit.norm(maps[5]), n))
+        outputs = [y]
+        for i, source in ((1, 4), (2, 3), (3, 2), (4, 1)):  # 6 blocks: maps 4, 3, 2, 1
+            y = torch.cat([y, place(maps[source], n)], dim=-1)
+            y = dec.blocks[i](y @ dec.fuse[i - 1].weight.T + dec.fuse[i - 1].bias)
+            outputs.append(y)
+        full = paint(dec.pred(dec.norm(outputs[4]))[:, 1:])
+        half = paint(dec.heads[0].pred(outputs[2])[:, 1:])  # the earlier block, the larger image
+        half = F.conv2d(half, dec.heads[0].conv.weight, dec.heads[0].conv.bias, 2, 1)
+        quarter = F.avg_pool2d(paint(dec.heads[1].pred(outputs[3])[:, 1:]), 2)
+        quarter = F.conv2d(quarter, dec.heads[1].conv.weight, dec.heads[1].conv.bias, 2, 2)
+        for image, expected in zip(got, (full, half, quarter), strict=True):
+            torch.testing.assert_close(image[n : n + 1], expected, atol=1e-5, rtol=1e-4)
+    assert dec.heads[0].conv.kernel_size == (3, 3) and dec.heads[1].conv.kernel_size == (5, 5)
+
+
+@pytest.mark.parametrize("size, patch, scales", [
+    (32, 4, [32, 16, 8, 4]), (64, 8, [64, 32, 16, 8, 4]), (96, 8, [96, 48, 24, 12, 6]),
+    (224, 16, [224, 112, 56, 28, 14, 7]),
+])  # fmt: skip
+def test_shapes_and_gradients_at_all_sizes(size, patch, scales):
+    vit = common.ViT(size, patch, embed_dim=8, depth=8, num_heads=2)
+    model = pm.PerceptualMAE(vit, pm.MSGDecoder(vit, 8, 8, 2))
+    imgs = torch.randn(2, 3, size, size)
+    fake = model.images(model(imgs)[0])
+    assert [x.shape for x in fake] == [(2, 3, s, s) for s in scales]
+    one = pm.Discriminator(size, 16)
+    for disc, images in ((pm.MSGDiscriminator(size, 16), fake), (one, fake[:1])):
+        score, features = disc(images)
+        assert score.shape == (2,) and score.dtype == torch.float32 and features
+        model.zero_grad()
+        (score.sum() + sum(f.sum() for f in features)).backward(retain_graph=True)
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in disc.parameters())
+    assert len(one(fake[:1])[1]) == {32: 3, 64: 4, 96: 4, 224: 4}[size]
+
+
+def test_too_few_blocks_say_what_would_do():
+    vit = common.ViT(32, 4, embed_dim=24, depth=4, num_heads=3)
+    with pytest.raises(UserError, match="--decoder-depth 4, not 3; or --img-size below 32"):
+        pm.MSGDecoder(vit, 16, 3, 2)
+    with pytest.raises(UserError, match="--depth 5 or more, not 4"):
+        pm.MSGDecoder(vit, 16, 5, 2)
+    with pytest.raises(UserError, match="8 px are the least"):
+        pm.MSGDecoder(common.ViT(4, 4, embed_dim=24, depth=4, num_heads=3), 16, 3, 2)
+
+
+# ------------------------------------------------------------------------------ discriminators
+
+
+def test_widths_are_those_of_the_paper_at_224():
+    one, msg = pm.Discriminator(224), pm.MSGDiscriminator(224)
+    convs = [m for m in one.modules() if isinstance(m, nn.Conv2d)]
+    assert [(c.out_channels, c.kernel_size[0], c.stride[0]) for c in convs] == [
+        (64, 7, 2), (128, 5, 2), (256, 5, 2), (512, 3, 2), (512, 3, 2)]  # fmt: skip
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in one.modules()) == 4
+    assert [block[2].out_channels for block in msg.blocks] == [64, 128, 256, 256, 256]
+    assert msg.final[0].out_channels == 512
+    assert len({id(layer.weight) for layer in msg.from_rgb}) == 6
+
+
+def test_msg_discriminator_equals_a_slow_version():
+    torch.manual_seed(0)
+    disc = pm.MSGDiscriminator(16, 32)
+    images = [torch.randn(3, 3, s, s) for s in (16, 8, 4)]
+    score, features = disc(images)
+
+    def conv(x, layer, padding=0):
+        return F.conv2d(x, layer.weight, layer.bias, padding=padding)
+
+    def lrelu(x):
+        return torch.where(x > 0, x, 0.2 * x)
+
+    x = lrelu(conv(images[0], disc.from_rgb[0]))
+    for k in range(2):
+        x = lrelu(conv(x, disc.blocks[k][0], 1))
+        x = lrelu(conv(x, disc.blocks[k][2], 1))
+        x = (x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2]) / 4
+        torch.testing.assert_close(features[k], x, atol=1e-5, rtol=1e-4)
+        x = torch.cat([x, lrelu(conv(images[k + 1], disc.from_rgb[k + 1]))], 1)
+    spread = torch.stack([x[:, c, i, j].std(correction=0) for c in range(x.shape[1])
+                          for i in range(4) for j in range(4)]).mean()  # fmt: skip
+    x = torch.cat([x, torch.full((3, 1, 4, 4), spread.item())], 1)
+    x = lrelu(conv(lrelu(conv(lrelu(conv(x, disc.final[0], 1)), disc.final[2])), disc.final[4]))
+    expected = x.flatten(1) @ disc.final[7].weight[0] + disc.final[7].bias
+    torch.testing.assert_close(score, expected, atol=1e-4, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------ augmentation
+
+
+def test_rule_for_p_rises_falls_and_stays_in_bounds():
+    augment = pm.AdaptiveAugment()
+    sure, unsure = torch.ones(10), torch.cat([torch.ones(7), -torch.ones(3)])  # r_t 1 and 0.4
+    for call in range(1, 9):
+        augment.update(sure, 1000)
+        assert augment.p == pytest.approx(call // 4 * 4 * 1000 / 500_000)
+    # One check in which the mean of four steps counts, (1 + 1 + 0.4 + 0.4) / 4 = 0.7: up.
+    for scores in (sure, sure, unsure, unsure):
+        augment.update(scores, 1000)
+    assert augment.p == pytest.approx(0.024)
+    for _ in range(4):
+        augment.update(unsure, 1000)
+    assert augment.p == pytest.approx(0.016)
+    for _ in range(12):
+        augment.update(unsure, 1000)
+    assert augment.p == 0.0
+    augment.p = 0.999
+    for _ in range(4):
+        augment.update(sure, 1000)
+    assert augment.p == 1.0
+
+
+def test_augmentation_is_the_identity_at_0_and_the_same_at_all_scales():
+    torch.manual_seed(0)
+    augment = pm.AdaptiveAugment()
+    axis = (torch.arange(64) + 0.5) / 64
+    waves = [torch.sin(3 * axis[:, None] + k * axis + k) for k in range(3)]
+    pyramid = pm.image_pyramid(torch.stack(waves).expand(40, 3, 64, 64).contiguous(), [64, 32, 16])
+    assert all(torch.equal(a, b) for a, b in zip(augment(pyramid), pyramid, strict=True))
+    augment.p = 1e-9  # through all the arithmetic
+    for a, b in zip(augment(pyramid), pyramid, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+    augment.p = 1.0
+    torch.manual_seed(1)
+    result = augment(pyramid)
+    assert (result[0] - pyramid[0]).abs().mean(dim=(1, 2, 3)).min() > 0.05
+    for small in result[1:]:  # to the error of resampling
+        expected = pm.image_pyramid(result[0], [64, small.shape[-1]])[1]
+        error = (small - expected).square().mean().sqrt() / expected.std()
+        assert error < 0.12, error
+    one, other = torch.stack([small[0] for small in result[1:2]]), result[1][1]
+    assert (one[0] - other).abs().mean() > 0.05  # each image has its own
+
+
+def test_augmentation_has_gradients_and_its_share_of_images():
+    torch.manual_seed(0)
+    imgs = torch.randn(8, 3, 16, 16, requires_grad=True)
+    augment = pm.AdaptiveAugment()
+    augment.p = 0.7
+    sum(x.square().sum() for x in augment(pm.image_pyramid(imgs, [16, 8]))).backward()
+    assert (imgs.grad.abs().sum(dim=(1, 2, 3)) > 0).all()
+
+    n, p = 20000, 0.3
+    affine, (colour, offset) = pm.random_affine(n, p, 32, "cpu"), pm.random_colour(n, p, "cpu")
+    same = (affine - torch.eye(2, 3)).abs().amax((1, 2)) < 1e-5
+    # A flip is none half of the time, a turn a quarter, a shift by up to 4 whole pixels 1 in 64.
+    # Scaling, rotation (at least one of two), aspect, shift by fractions always do something.
+    chance = (1 - p / 2) * (1 - 3 * p / 4) * (1 - 63 * p / 64) * (1 - p) ** 4
+    assert same.float().mean().item() == pytest.approx(chance, abs=0.012)
+    same = ((colour - torch.eye(3)).abs().amax((1, 2)) < 1e-5) & (offset.abs().amax((1, 2)) < 1e-5)
+    assert same.float().mean().item() == pytest.approx((1 - p) ** 4 * (1 - p / 2), abs=0.012)
+
+
+def draws(count, p):
+    """The draws of random_affine and random_colour, in their order."""
+    uniform = lambda: torch.rand(count)  # noqa: E731
+    switched = lambda x, chance=p: x * (torch.rand(count) < chance)  # noqa: E731
+    return uniform, switched
+
+
+def test_affine_map_is_the_product_of_its_operations():
+    n, p, size = 50, 0.6, 32
+    torch.manual_seed(3)
+    got = pm.random_affine(n, p, size, "cpu")
+    torch.manual_seed(3)
+    uniform, switched = draws(n, p)
+    rotation = 1 - math.sqrt(1 - p)
+    flip = switched((2 * uniform() - 1 > 0).float())
+    turns = switched((4 * uniform()).floor())
+    tx, ty = ((0.125 * size * (2 * uniform() - 1)).round() for _ in range(2))
+    on = switched(torch.ones(n))
+    tx, ty = tx * on, ty * on
+    scale, aspect = switched(0.2 * torch.randn(n)), None
+    aspect = switched(0.2 * torch.randn(n))
+    first = switched(math.pi * (2 * uniform() - 1), rotation)
+    second = switched(math.pi * (2 * uniform() - 1), rotation)
+    on = switched(torch.ones(n))
+    fx, fy = (0.125 * torch.randn(n) * on for _ in range(2))  # shares of the side
+    for i in range(n):
+        def turn(a):
+            return torch.tensor([[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]])
+
+        s, a = 2 ** scale[i].item(), 2 ** aspect[i].item()
+        point = torch.tensor([[0.3], [-0.7]])  # in the result; where in the image does it lie?
+        x = point + 2 * torch.tensor([[fx[i].item()], [fy[i].item()]])
+        x = turn(second[i].item()) @ x
+        x = torch.diag(torch.tensor([a, 1 / a])) @ x
+        x = s * (turn(first[i].item()) @ x)
+        x = x + torch.tensor([[tx[i].item()], [ty[i].item()]]) * 2 / size
+        x = turn(turns[i].item() * math.pi / 2) @ x
+        x = torch.diag(torch.tensor([1 - 2 * flip[i].item(), 1.0])) @ x
+        expected = got[i, :, :2] @ point + got[i, :, 2:]
+        torch.testing.assert_close(x, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_colour_map_is_the_product_of_its_operations():
+    n, p = 50, 0.6
+    torch.manual_seed(4)
+    colour, offset = pm.random_colour(n, p, "cpu")
+    torch.manual_seed(4)
+    uniform, switched = draws(n, p)
+    b, c = switched(0.2 * torch.randn(n)), switched(0.5 * torch.randn(n))
+    flip = switched((uniform() < 0.5).float())
+    hue, s = switched(math.pi * (2 * uniform() - 1)), switched(torch.randn(n))
+    grey = torch.ones(3) / math.sqrt(3)
+    cross = torch.linalg.cross(torch.eye(3), grey.expand(3, 3)).T * -1  # cross @ v = grey x v
+    mean, std = torch.tensor(common.MEAN), torch.tensor(common.STD)
+    for i in range(n):
+        x = torch.randn(3)
+        y = (x * std + mean) * 2 - 1  # colours in -1..1
+        y = (y + b[i]) * 2 ** c[i]
+        y = y - 2 * flip[i] * (y @ grey) * grey
+        y = torch.matrix_exp(hue[i] * cross) @ y
+        along = (y @ grey) * grey
+        y = along + (y - along) * 2 ** s[i]
+        y = ((y + 1) / 2 - mean) / std
+        torch.testing.assert_close(colour[i] @ x + offset[i, :, 0], y, atol=2e-5, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------ the two players
+
+
+def two_pass_gradients(variant, adversary, model, imgs):
+    """The textbook's step: a forward pass of its own for each loss, fakes detached for D's."""
+    disc = adversary.discriminator
+    fake = model.images(model(imgs)[0])
+    real = pm.image_pyramid(imgs, [x.shape[-1] for x in fake])
+    d_real, d_fake = disc(real)[0], disc([x.detach() for x in fake])[0]
+    d_loss = (pm.logistic_d_loss if variant == "msg-ada" else pm.ls_d_loss)(d_real, d_fake)
+    d_gradients = torch.autograd.grad(d_loss, list(disc.parameters()))
+    disc.requires_grad_(False)
+    fake_maps, real_maps = adversary.frozen(fake)[1], adversary.frozen(real)[1]
+    score = disc(fake)[0]
+    g_loss = (fake[0] - imgs).abs().mean() + 0.05 * pm.feature_loss(fake_maps, real_maps)
+    g_loss = g_loss + 40 * pm.style_loss(fake_maps, real_maps)
+    g_loss = g_loss + 0.7 * (pm.logistic_g_loss if variant == "msg-ada" else pm.ls_g_loss)(score)
+    disc.requires_grad_(True)
+    return g_loss, torch.autograd.grad(g_loss, pm.trainable(model)), d_loss, d_gradients
+
+
+@pytest.mark.parametrize("variant", ADVERSARIAL)
+def test_one_forward_pass_gives_the_gradients_of_two(variant):
+    model, adversary = players(variant)
+    disc, imgs = adversary.discriminator, torch.randn(4, 3, 16, 16)
+    for parameter in adversary.frozen.parameters():
+        parameter.mul_(1.1)  # no longer D
+    before = {k: v.clone() for k, v in adversary.frozen.state_dict().items()}
+    torch.manual_seed(5)
+    g_loss, d_loss, terms, score = adversary.losses(model, disc, imgs, step=1)  # no regulariser
+    d_loss.backward(inputs=pm.trainable(disc), retain_graph=True)
+    g_loss.backward(inputs=pm.trainable(model))
+    torch.manual_seed(5)
+    expected_g, g_gradients, expected_d, d_gradients = two_pass_gradients(
+        variant, adversary, model, imgs
+    )
+    torch.testing.assert_close(g_loss, expected_g)
+    torch.testing.assert_close(d_loss, expected_d)
+    assert score.shape == (4,) and terms.keys() >= {"loss", "pix", "feat", "style", "adv"}
+    for p, gradient in zip(pm.trainable(disc), d_gradients, strict=True):
+        torch.testing.assert_close(p.grad, gradient, atol=1e-6, rtol=1e-3)
+    for p, gradient in zip(pm.trainable(model), g_gradients, strict=True):
+        torch.testing.assert_close(p.grad, gradient, atol=1e-6, rtol=1e-3)
+        assert gradient.abs().sum() > 0
+    assert all(p.grad is None for p in adversary.frozen.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in adversary.frozen.state_dict().items())
+
+
+@pytest.mark.parametrize("variant", ADVERSARIAL)
+def test_perceptual_terms_reach_the_decoder(variant):
+    model, adversary = players(variant)
+    adversary.adv_weight = 0.0
+    _, _, terms, _ = adversary.losses(model, adversary.discriminator, torch.randn(4, 3, 16, 16), 1)
+    for name in ("feat", "style"):
+        gradient = torch.autograd.grad(terms[name], model.decoder.pred.weight, retain_graph=True)[0]
+        assert gradient.abs().sum() > 1e-4, name
+    assert terms["loss"].item() == pytest.approx(
+        (terms["pix"] + 0.05 * terms["feat"] + 40 * terms["style"]).item(), rel=1e-5
+    )
+
+
+def test_lazy_regularisers_come_at_their_steps_and_with_their_weights():
+    model, adversary = players("msg-ada")
+    adversary.r1_gamma, imgs = 10.0, torch.randn(4, 3, 16, 16)
+    for step, names in ((0, {"r1", "path"}), (1, set()), (4, {"path"}), (16, {"r1", "path"})):
+        torch.manual_seed(step)
+        adversary.path_length.mean.zero_()
+        g_loss, d_loss, terms, _ = adversary.losses(model, adversary.discriminator, imgs, step)
+        assert terms.keys() & {"r1", "path"} == names
+        path, r1 = terms.get("path", torch.zeros(())), terms.get("r1", torch.zeros(()))
+        torch.testing.assert_close(g_loss, terms["loss"] + 4 * 2 * path)
+        torch.testing.assert_close(d_loss, terms["d_loss"] + 16 * 10 / 2 * r1)
+    real = [x.requires_grad_() for x in pm.image_pyramid(imgs, [16, 8, 4])]  # R1: at all scales
+    gradients = torch.autograd.grad(adversary.discriminator(real)[0].sum(), real)
+    expected = sum(g.square().sum() for g in gradients) / 4
+    torch.testing.assert_close(terms["r1"], expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ADVERSARIAL)
+def test_every_parameter_gets_a_gradient(variant):
+    model, adversary = players(variant)
+    disc = adversary.discriminator
+    g_loss, d_loss, *_ = adversary.losses(model, disc, torch.randn(4, 3, 16, 16), 1)
+    d_loss.backward(inputs=pm.trainable(disc), retain_graph=True)
+    g_loss.backward(inputs=pm.trainable(model))
+    for module in (model, disc):
+        for name, p in module.named_parameters():
+            assert not p.requires_grad or p.grad.abs().sum() > 0, name
+
+
+# ------------------------------------------------------------------------------ the script
+
+
+def metrics(folder):
+    return [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_imagenet_preset_is_the_authors():
+    cfg = common.parse(pm.Config, pm.PRESETS, ["--preset", "imagenet"])
+    assert (cfg.variant, cfg.size, cfg.img_size, cfg.patch_size) == ("msg-ada", "base", 224, 16)
+    assert (cfg.decoder_depth, cfg.decoder_dim, cfg.decoder_heads, cfg.mask_ratio) == (
+        8, 512, 16, 0.75)  # fmt: skip
+    assert (cfg.lr, cfg.disc_lr, cfg.lr_decay, cfg.warmup_epochs) == (1.5e-4, 1.5e-4, 0.9, 0)
+    assert (cfg.weight_decay, cfg.epochs, cfg.batch_size, cfg.min_crop) == (0, 300, 64, 0.2)
+    assert (cfg.feature_weight, cfg.style_weight, cfg.adv_weight) == (0.05, 40, 0.7)
+    assert (cfg.r1_gamma, cfg.refresh_epochs, cfg.disc_width) == (10, 5, 512)
+
+
+@pytest.mark.parametrize("variant", ADVERSARIAL)
+def test_variants_resume_bit_for_bit_and_can_be_probed(
+    variant, tmp_path, shapes_folder, monkeypatch
+):
+    """24 steps in one go, and in pieces that end between two checks of p, two R1 steps, two copies
+    of D. The copy moves only when it is due: every second step of an epoch of four."""
+    frozen, losses = [], pm.Adversary.losses
+
+    def watched(self, model, discriminator, imgs, step):
+        state = self.frozen.state_dict()
+        frozen.append(torch.cat([v.flatten().float() for v in state.values()]))
+        return losses(self, model, discriminator, imgs, step)
+
+    monkeypatch.setattr(pm.Adversary, "losses", watched)
+    flags = ["--epochs", "6", "--accumulate", "2", "--recon-every", "3"]
+    train(tmp_path / "whole", shapes_folder, variant, *flags)
+    copies = frozen[::2]
+    assert len(frozen) == 2 * 24 and all(map(torch.equal, frozen[::2], frozen[1::2]))
+    moved = [not torch.equal(a, b) for a, b in itertools.pairwise(copies)]
+    assert moved == [step % 2 == 0 for step in range(1, 24)]
+
+    for steps in ("3", "17", "24"):
+        train(tmp_path / "parts", shapes_folder, variant, *flags, "--steps", steps)
+    one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
+                for name in ("whole", "parts"))  # fmt: skip
+    for part in ("model", "adversary"):
+        assert one[part].keys() == two[part].keys()
+        for name, value in one[part].items():
+            other = two[part][name]
+            assert value == other if "extra" in name else torch.equal(value, other), name
+    p = one["adversary"]["augment._extra_state"]["p"]
+    lines = metrics(tmp_path / "whole")
+    assert lines[-1].keys() >= {"loss", "pix", "feat", "style", "adv", "d_loss", "real_score",
+                                "fake_score", "g_norm", "d_norm"}  # fmt: skip
+    assert ("path" in lines[-1]) == (variant == "msg-ada") == ("ada_p" in lines[-1])
+    assert lines[-1].get("ada_p", 0.0) == p
+    assert (tmp_path / "whole" / "recon_0003.png").exists()
+    encoder, state = common.load_encoder(tmp_path / "whole" / "encoder.pt"), one["model"]
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, state[f"encoder.{name}"])
+    flags = ["--data", str(shapes_folder), "--device", "cpu", "--workers", "0", "--mode", "knn"]
+    eval_linear.main(common.parse(eval_linear.Config, {}, [str(tmp_path / "whole"), *flags]))
+
+
+def test_one_generator_and_two_discriminator_passes_a_step(tmp_path, shapes_folder, monkeypatch):
+    calls = []
+    for kind in (pm.PerceptualMAE, pm.MSGDiscriminator):
+        def counted(self, *args, _forward=kind.forward, **kwargs):
+            calls.append((type(self).__name__, self.training))
+            return _forward(self, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "forward", counted)
+    train(tmp_path, shapes_folder, "msg-ada", "--steps", "4", "--epochs", "1", "--recon-every", "9")
+    assert calls.count(("PerceptualMAE", True)) == 4 + 1  # one for the picture
+    assert calls.count(("MSGDiscriminator", True)) == 2 * 4
+    assert calls.count(("MSGDiscriminator", False)) == 2 * 4  # the copy
+
+
+@pytest.mark.parametrize("variant", ["ls", "msg-ada"])
+def test_two_processes_equal_accumulation(variant, tmp_path, shapes_folder):
+    flags = ["--epochs", "1", "--refresh-epochs", "1", "--variant", variant]
+    arguments = ["--data", shapes_folder, *TINY, *GAN, *flags, "--out", tmp_path / "two"]
+    done = run_script(ROOT / "mae_perceptual.py", *arguments, torchrun=2, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    train(tmp_path / "one", shapes_folder, variant, *flags, "--accumulate", "2")
+    one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
+                for name in ("one", "two"))  # fmt: skip
+    for name in one["model"]:
+        # Adam divides by the gradient's size: where that is tiny, the order of a sum shows.
+        torch.testing.assert_close(one["model"][name], two["model"][name], atol=2e-3, rtol=0)
+    a, b = metrics(tmp_path / "one")[0], metrics(tmp_path / "two")[0]
+    for name in a.keys() & {"loss", "feat", "style", "adv", "d_loss", "g_norm", "d_norm", "path"}:
+        assert a[name] == pytest.approx(b[name], rel=0.01), name
+    if variant == "msg-ada":
+        assert a["ada_p"] == b["ada_p"]
+
+
+def test_learning_rates_decay_every_30_epochs(tmp_path, shapes_folder):
+    train(tmp_path, shapes_folder, "ls", "--epochs", "31", "--batch-size", "64", "--lr", "0.001",
+          "--lr-decay", "0.5", "--knn-every", "0", "--recon-every", "40")  # fmt: skip
+    assert [x["lr"] for x in metrics(tmp_path)] == [0.001] * 30 + [0.0005]
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert all(group["lr"] == 1.5e-3 for group in state["d_optimizer"]["param_groups"])
+    assert all(group["betas"] == (0.9, 0.95) for group in state["d_optimizer"]["param_groups"])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_runs(precision, tmp_path, shapes_folder):
+    train(tmp_path, shapes_folder, "msg-ada", "--epochs", "5", "--precision", precision)
+    assert all(math.isfinite(x["loss"]) for x in metrics(tmp_path))
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--decoder-depth", "2"], "--decoder-depth 4, not 2"),
+    (["--depth", "3"], "--depth 4 or more, not 3"),
+    (["--disc-width", "20"], "--disc-width must be a multiple of 16"),
+    (["--variant", "mae", "--preset", "imagenet"], "use --preset imagenet-mae"),
+    (["--variant", "ls", "--img-size", "4", "--patch-size", "2", "--mask-ratio", "0.5"],
+     "8 px are the least"),
+])  # fmt: skip
+def test_mistakes_are_one_line(flags, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        pm.main(common.parse(pm.Config, pm.PRESETS, ["--out", str(tmp_path / "run"), *flags]))
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and message in error
+    assert not (tmp_path / "run").exists()
