@@ -2,14 +2,18 @@
 
     python tests/bench.py                                   # 32 px, patch 4, ViT-Tiny; CPU: 1-2 min
     python tests/bench.py --preset imagenet --batch 64      # ViT-B/16 at 224 px, on a GPU
+    python tests/bench.py --variants                        # what Perceptual MAE costs beside MAE
     python tests/bench.py --decode FOLDER                   # images/s decoded and cropped by a core
 
 A training step of `--variant mae` against the same model built from timm's PatchEmbed and Block
-(if timm is installed): forward, loss, backward, AdamW, in turn, median over pairs. Peak memory is
-that of a process of its own (CPU: Linux, the growth of its resident set).
+(if timm is installed), or against the other variants: forward, losses, backward, optimisers, in
+turn. The median over rounds; for the variants, of which some steps do more, the mean over 16.
+Peak memory is that of a process of its own (CPU: Linux, the growth of its resident set).
 """
 
 import argparse
+import dataclasses
+import itertools
 import statistics
 import subprocess
 import sys
@@ -72,41 +76,66 @@ def norm_layer(dim, **kwargs):
     return nn.LayerNorm(dim, eps=1e-6)
 
 
-def make_step(model: nn.Module, cfg, batch: int, device: torch.device):
-    imgs = torch.randn(batch, 3, cfg.img_size, cfg.img_size, device=device)
-    groups = common.param_groups(model.to(device), cfg.weight_decay)
-    optimizer = torch.optim.AdamW(groups, 1e-4, betas=(0.9, 0.95), fused=True)
+def mae_step(model: nn.Module, cfg, imgs: torch.Tensor):
+    optimizer = mae_perceptual.adamw(model.to(imgs.device), cfg.weight_decay, lr=1e-4)
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with autocast(imgs.device):
             pred, mask = model(imgs)
             loss = common.masked_mse(pred, common.patchify(imgs, cfg.patch_size), mask)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
 
     return step
 
 
-def peak_memory(make, cfg, batch: int, device: torch.device) -> float:
-    """MiB that the model and three steps need."""
-    if device.type == "cuda":
-        step = make_step(make(), cfg, batch, device)
-        torch.cuda.reset_peak_memory_stats()
-        for _ in range(3):
-            step()
-        return torch.cuda.max_memory_allocated() / 2**20
+def adversarial_step(cfg, imgs: torch.Tensor):
+    model = mae_perceptual.build(cfg).to(imgs.device)
+    adversary = mae_perceptual.build_adversary(cfg).to(imgs.device)
+    discriminator, adversary.augment.p = adversary.discriminator, 0.3  # at 0 it costs nothing
+    players = (model, discriminator)
+    optimizers = [mae_perceptual.adamw(player, 0.0, lr=1e-4) for player in players]
+    parameters = [mae_perceptual.trainable(player) for player in players]
+    counter = itertools.count()
+
+    def step() -> None:
+        with autocast(imgs.device):
+            g_loss, d_loss, *_ = adversary.losses(model, discriminator, imgs, next(counter))
+        d_loss.backward(inputs=parameters[1], retain_graph=True)
+        g_loss.backward(inputs=parameters[0])
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def autocast(device: torch.device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def make_step(name: str, cfg, batch: int, device: torch.device):
+    imgs = torch.randn(batch, 3, cfg.img_size, cfg.img_size, device=device)
+    if name not in ("mae", "timm"):
+        return adversarial_step(dataclasses.replace(cfg, variant=name), imgs)
+    model = mae_perceptual.build(dataclasses.replace(cfg, variant="mae"))
+    return mae_step(TimmMAE(model) if name == "timm" else model, cfg, imgs)
+
+
+def peak_memory(name: str, cfg, batch: int, device: torch.device) -> float:
+    """MiB that the model and its first steps need."""
 
     def high_water_mark() -> int:  # of this process; ru_maxrss would include its parent's
-        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+        if device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
     before = high_water_mark()
-    step = make_step(make(), cfg, batch, device)
+    step = make_step(name, cfg, batch, device)
     for _ in range(3):
         step()
-    return (high_water_mark() - before) / 1024
+    return (high_water_mark() - before) / 2**20
 
 
 def decode(folder: str, size: int = 224) -> None:
@@ -130,40 +159,39 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--decode", metavar="FOLDER")
-    parser.add_argument("--memory-of", choices=["ours", "timm"], help=argparse.SUPPRESS)
+    parser.add_argument("--variants", action="store_true")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.decode:
         return decode(args.decode)
 
     device = common.set_up_process(args.device)
-    cfg = mae_perceptual.Config(**mae_perceptual.PRESETS[args.preset])
-    models = {"ours": lambda: mae_perceptual.build(cfg)}
-    if timm:
-        models["timm"] = lambda: TimmMAE(mae_perceptual.build(cfg))
+    cfg = mae_perceptual.Config(**mae_perceptual.PRESETS[args.preset] | {"lr_decay": None})
     if args.memory_of:
-        return print(peak_memory(models[args.memory_of], cfg, args.batch, device))
+        return print(peak_memory(args.memory_of, cfg, args.batch, device))
 
-    steps = {name: make_step(make(), cfg, args.batch, device) for name, make in models.items()}
-    times = {name: [] for name in steps}
-    for i in range(args.rounds + 2):
+    names, rounds, average = ["mae"] + ["timm"] * bool(timm), args.rounds, statistics.median
+    if args.variants:
+        names, rounds, average = ["mae", "ls", "msg", "msg-ada"], 16, statistics.mean
+    steps = {name: make_step(name, cfg, args.batch, device) for name in names}
+    times = {name: [] for name in names}
+    for i in range(rounds + 2):
         for name, step in steps.items():
             begin = time.perf_counter()
             step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             if i >= 2:  # warm-up
                 times[name].append(time.perf_counter() - begin)
     where = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     print(f"{args.preset}, batch {args.batch}, {where}, {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__}")  # fmt: skip
+          f"torch {torch.__version__}, {rounds} rounds")  # fmt: skip
     for name, seconds in times.items():
         command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", name]
         memory = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        median = statistics.median(seconds)
-        print(f"{name}  {1000 * median:8.1f} ms a step  {args.batch / median:8.0f} images/s"
-              f"  {memory:8.0f} MiB peak")  # fmt: skip
-    if timm:
-        ratios = [b / a for a, b in zip(times["ours"], times["timm"], strict=True)]
-        ratio = statistics.median(ratios)
-        print(f"timm's time over ours, median of {args.rounds} pairs: {ratio:.3f}")
+        middle, ratio = average(seconds), average(seconds) / average(times["mae"])
+        print(f"{name:8s} {1000 * middle:8.1f} ms a step {args.batch / middle:8.0f} images/s"
+              f" {memory:8.0f} MiB peak {ratio:8.3f} x mae's time")  # fmt: skip
 
 
 if __name__ == "__main__":
