@@ -1154,9 +1154,10 @@ class Run:
             model.compile()  # in place, so that the names in state_dict stay clean
         if self.world == 1:
             return model
-        return nn.parallel.DistributedDataParallel(
-            model, [self.device] if self.device.type == "cuda" else None, broadcast_buffers=False
-        )
+        devices = [self.device] if self.device.type == "cuda" else None
+        model = nn.parallel.DistributedDataParallel(model, device_ids=devices)
+        model.broadcast_buffers = False  # the argument is deprecated since torch 2.15
+        return model
 
     def epochs(self) -> Iterator[int]:
         """The epochs that are still to do, counted from 1."""
@@ -1225,8 +1226,9 @@ class Run:
             if self.cfg.clip_grad is not None or name:
                 self.scaler.unscale_(optimizer)
                 parameters = [p for group in optimizer.param_groups for p in group["params"]]
-                limit = math.inf if self.cfg.clip_grad is None else self.cfg.clip_grad
-                norm = nn.utils.clip_grad_norm_(parameters, limit)
+                norm = nn.utils.get_total_norm([p.grad for p in parameters])
+                if self.cfg.clip_grad is not None:
+                    nn.utils.clip_grads_with_norm_(parameters, self.cfg.clip_grad, norm)
                 # In fp16 a norm that is not finite is normal: the scaler skips that step.
                 if name and not (self.scaler.is_enabled() and not norm.isfinite()):
                     self.log(**{name: norm})

@@ -95,8 +95,10 @@ class Config(common.Config):
             raise common.UserError(
                 "--variant mae has warm-up and cosine, not --lr-decay: use --preset imagenet-mae"
             )
-        if self.disc_width < 16 or self.disc_width % 16:
-            raise common.UserError(f"--disc-width must be a multiple of 16, not {self.disc_width}")
+        if self.lr_decay is not None and self.warmup_epochs:
+            raise common.UserError("--lr-decay has no warm-up: add --warmup-epochs 0")
+        if self.disc_width < 32 or self.disc_width % 32:
+            raise common.UserError(f"--disc-width must be a multiple of 32, not {self.disc_width}")
 
 
 PRESETS = {
@@ -109,8 +111,8 @@ PRESETS = {
     "cifar": dict(  # ours
         data="cifar10", img_size=32, patch_size=4, size="tiny",
         decoder_dim=96, decoder_depth=4, decoder_heads=3,
-        epochs=200, batch_size=256, base_lr=1.5e-3, warmup_epochs=10,
-        disc_width=128, disc_lr=5e-4, r1_gamma=1.0,
+        epochs=200, batch_size=256, base_lr=5e-4, warmup_epochs=10,  # mae alone: 1.5e-3 is better
+        disc_width=128, disc_lr=2e-3, adv_weight=0.1, r1_gamma=0.1,
     ),
     "imagenet": dict(  # Perceptual MAE, the authors' code
         data="imagenet", img_size=224, patch_size=16, size="base", mask_ratio=0.75,
@@ -174,7 +176,7 @@ class MSGDecoder(common.Decoder):
         size = encoder.grid[0] * encoder.patch_size
         scales = image_scales(size)
         if len(scales) < 2:
-            raise common.UserError(f"images of {size} px have no smaller scale; 8 px are the least")
+            raise common.UserError(f"images of {size} px have no half of at least 4 px")
         if depth < len(scales):
             raise common.UserError(
                 f"{size} px images have {len(scales)} scales ({', '.join(map(str, scales))}) and "
@@ -240,6 +242,12 @@ class PerceptualMAE(nn.Module):
 # ------------------------------------------------------------------------------ discriminators
 
 
+def fp32_score(layer: nn.Linear, x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B,), never in half precision: scores near 1 would move in steps of 1/128."""
+    with torch.autocast(x.device.type, enabled=False):
+        return layer(x.float().flatten(1))[:, 0]
+
+
 class Discriminator(nn.Module):
     """One scale: 5 convolutions of stride 2, fewer where 4 x 4 would not remain, then the score."""
 
@@ -248,12 +256,12 @@ class Discriminator(nn.Module):
         kernels, widths = (7, 5, 5, 3, 3), (width // 8, width // 4, width // 2, width, width)
         stages, side = [], img_size
         for i in range(min(5, len(image_scales(img_size)) - 1)):
-            conv = nn.Conv2d(in_chans, widths[i], kernels[i], 2, kernels[i] // 2)
+            conv = nn.Conv2d(in_chans, widths[i], kernels[i], 2, kernels[i] // 2, bias=i == 0)
             norm = nn.BatchNorm2d(widths[i]) if i > 0 else nn.Identity()
             stages.append(nn.Sequential(conv, norm, nn.LeakyReLU(0.2)))
             in_chans, side = widths[i], side // 2
         if not stages:
-            raise common.UserError(f"images of {img_size} px are too small: 8 px are the least")
+            raise common.UserError(f"images of {img_size} px have no half of at least 4 px")
         self.stages = nn.ModuleList(stages)
         self.score = nn.Linear(in_chans * side * side, 1)
 
@@ -263,7 +271,7 @@ class Discriminator(nn.Module):
         for stage in self.stages:
             x = stage(x)
             features.append(x)
-        return self.score(x.flatten(1)).float()[:, 0], features[:4]
+        return fp32_score(self.score, x), features[:4]
 
 
 class MSGDiscriminator(nn.Module):
@@ -285,9 +293,9 @@ class MSGDiscriminator(nn.Module):
         self.final = nn.Sequential(
             nn.Conv2d(in_width + rgb + 1, width, 3, padding=1), nn.LeakyReLU(0.2),
             nn.Conv2d(width, width, 4), nn.LeakyReLU(0.2),
-            nn.Conv2d(width, width, 1), nn.LeakyReLU(0.2), nn.Flatten(),
-            nn.Linear(width * (scales[-1] - 3) ** 2, 1),
+            nn.Conv2d(width, width, 1), nn.LeakyReLU(0.2),
         )  # fmt: skip
+        self.score = nn.Linear(width * (scales[-1] - 3) ** 2, 1)
 
     def forward(self, images: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Images (B, 3, S, S), largest first -> scores (B,) fp32; the outputs of the blocks."""
@@ -299,7 +307,7 @@ class MSGDiscriminator(nn.Module):
         # Minibatch standard deviation (Karras et al. 2018): alike images give D away.
         spread = (x.float().var(dim=0, unbiased=False) + 1e-8).sqrt().mean().to(x.dtype)
         x = torch.cat([x, spread.expand(len(x), 1, *x.shape[2:])], dim=1)
-        return self.final(x).float()[:, 0], features
+        return fp32_score(self.score, self.final(x)), features
 
 
 # ------------------------------------------------------------------------------ losses
@@ -354,7 +362,7 @@ class PathLength(nn.Module):
 
     def __init__(self, decay: float = 0.01):
         super().__init__()
-        self.decay = decay
+        self.decay, self.pending = decay, []
         self.register_buffer("mean", torch.zeros(()))
 
     def forward(self, imgs: Tensor, tokens: Tensor) -> Tensor:
@@ -363,8 +371,15 @@ class PathLength(nn.Module):
         noise = torch.randn_like(imgs) / math.sqrt(imgs[0, 0].numel())
         (gradient,) = torch.autograd.grad((imgs * noise).sum(), tokens, create_graph=True)
         lengths = (gradient.float().square().sum(dim=2).mean(dim=1) + 1e-12).sqrt()
-        self.mean.lerp_(mean_over_processes(lengths.detach().mean()), self.decay)
+        self.pending.append(lengths.detach().mean())
         return (lengths - self.mean).square().mean()
+
+    def update(self) -> None:
+        """Once a step, so that micro-batches are measured against the same mean."""
+        if self.pending:
+            lengths = torch.stack(self.pending).mean()
+            self.mean.lerp_(mean_over_processes(lengths), self.decay)
+            self.pending = []
 
 
 def mean_over_processes(x: Tensor) -> Tensor:
@@ -392,9 +407,12 @@ class AdaptiveAugment(nn.Module):
         if self.p == 0:
             return pyramid
         device, result = pyramid[0].device, []
+        affine = random_affine(len(pyramid[0]), self.p, pyramid[0].shape[-1])
+        colour, offset = random_colour(len(pyramid[0]), self.p)
+        affine, colour, offset = (
+            x.to(device, non_blocking=True) for x in (affine, colour, offset)
+        )
         with torch.autocast(device.type, enabled=False):
-            affine = random_affine(len(pyramid[0]), self.p, pyramid[0].shape[-1], device)
-            colour, offset = random_colour(len(pyramid[0]), self.p, device)
             for imgs in pyramid:
                 grid = F.affine_grid(affine, list(imgs.shape), align_corners=False)
                 imgs = F.grid_sample(
@@ -425,19 +443,20 @@ class AdaptiveAugment(nn.Module):
         )
 
 
-def random_affine(count: int, p: float, size: int, device) -> Tensor:
+def random_affine(count: int, p: float, size: int) -> Tensor:
     """Maps (count, 2, 3) from places in the result to places in the image, sides at -1 and 1. Each
     operation is switched on with probability p; off, its parameter is 0 and it does nothing.
-    Inverting one negates its parameter, which leaves the distribution as it is."""
+    Inverting one negates its parameter, which leaves the distribution as it is. Made on the CPU:
+    many operations on a few numbers."""
 
     def switched(x: Tensor, chance: float = p) -> Tensor:
-        return x * (torch.rand(count, device=device) < chance)
+        return x * (torch.rand(count) < chance)
 
     def uniform() -> Tensor:
-        return 2 * torch.rand(count, device=device) - 1
+        return 2 * torch.rand(count) - 1
 
     def normal() -> Tensor:
-        return torch.randn(count, device=device)
+        return torch.randn(count)
 
     def matrix(a, b, c, d, x, y) -> Tensor:
         row = torch.stack([v.expand(count) for v in (a, b, x, c, d, y, zero, zero, one)], dim=1)
@@ -453,10 +472,10 @@ def random_affine(count: int, p: float, size: int, device) -> Tensor:
     def shift(x: Tensor, y: Tensor) -> Tensor:
         return matrix(one, zero, zero, one, x, y)
 
-    zero, one = torch.zeros((), device=device), torch.ones((), device=device)
+    zero, one = torch.zeros(()), torch.ones(())
     rotation = 1 - math.sqrt(1 - p)  # before and after stretching: p that it happens at all
     flip = 1 - 2 * switched((uniform() > 0).float())
-    turns = switched((4 * torch.rand(count, device=device)).floor())
+    turns = switched((4 * torch.rand(count)).floor())
     x, y = ((0.125 * size * uniform()).round() * 2 / size for _ in range(2))
     on = switched(one)
     scale, aspect = 2 ** switched(0.2 * normal()), 2 ** switched(0.2 * normal())
@@ -468,24 +487,24 @@ def random_affine(count: int, p: float, size: int, device) -> Tensor:
     return (transform @ shift(0.25 * normal() * on, 0.25 * normal() * on))[:, :2]
 
 
-def random_colour(count: int, p: float, device) -> tuple[Tensor, Tensor]:
+def random_colour(count: int, p: float) -> tuple[Tensor, Tensor]:
     """Matrices (count, 3, 3) and offsets (count, 3, 1) for normalised RGB. Brightness b, contrast
     c, luma flip, hue rotation and saturation s, in this order, of colours in -1..1. The last four
     leave the grey axis and the plane across it apart: their product has a closed form."""
 
     def switched(x: Tensor) -> Tensor:
-        return (x * (torch.rand(count, device=device) < p)).view(count, 1, 1)
+        return (x * (torch.rand(count) < p)).view(count, 1, 1)
 
-    b = switched(0.2 * torch.randn(count, device=device))
-    c = 2 ** switched(0.5 * torch.randn(count, device=device))
-    flip = switched((torch.rand(count, device=device) < 0.5).float())
-    hue = switched(math.pi * (2 * torch.rand(count, device=device) - 1))
-    s = 2 ** switched(torch.randn(count, device=device))
-    grey = torch.full((3, 3), 1 / 3, device=device)
-    plane = torch.eye(3, device=device) - grey
-    turn = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]], device=device) / math.sqrt(3)
+    b = switched(0.2 * torch.randn(count))
+    c = 2 ** switched(0.5 * torch.randn(count))
+    flip = switched((torch.rand(count) < 0.5).float())
+    hue = switched(math.pi * (2 * torch.rand(count) - 1))
+    s = 2 ** switched(torch.randn(count))
+    grey = torch.full((3, 3), 1 / 3)
+    plane = torch.eye(3) - grey
+    turn = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
     matrix = c * ((1 - 2 * flip) * grey + s * (hue.cos() * plane + hue.sin() * turn))
-    mean, std = (torch.tensor(x, device=device).view(3, 1) for x in (common.MEAN, common.STD))
+    mean, std = (torch.tensor(x).view(3, 1) for x in (common.MEAN, common.STD))
     scale, origin = 2 * std, 2 * mean - 1  # normalised x is scale * x + origin in -1..1
     return matrix * scale.T / scale, (matrix @ (origin + b) - origin) / scale
 
@@ -511,60 +530,67 @@ class Adversary(nn.Module):
         super().__init__()
         self.discriminator, self.frozen = discriminator, copy.deepcopy(discriminator)
         self.frozen.eval().requires_grad_(False)
-        self.augment, self.path_length = AdaptiveAugment(), PathLength()
+        self.augment, self.path_length, self.real_scores = AdaptiveAugment(), PathLength(), []
         self.ada, self.r1_gamma, self.r1_every = ada, r1_gamma, r1_every
         self.path_weight, self.path_every = path_weight, path_every
         self.feature_weight, self.style_weight = feature_weight, style_weight
         self.adv_weight = adv_weight
 
     def refresh(self) -> None:
-        """Copy D, batch statistics included (of the first process: each has its own)."""
+        """Copy D, batch statistics included: those of the first process, as each has its own."""
         self.frozen.load_state_dict(self.discriminator.state_dict())
-        for buffer in self.frozen.buffers() if dist.is_initialized() else ():
-            dist.broadcast(buffer, 0)
+        if dist.is_initialized():
+            for buffer in self.frozen.buffers():
+                dist.broadcast(buffer, 0)
 
-    def losses(self, model: nn.Module, discriminator: nn.Module, imgs: Tensor, step: int):
-        """imgs (B, 3, S, S) -> loss of the generator, loss of D, terms to log. `model` and
-        `discriminator`: the modules to call, wrapped for several processes.
-
-        Both losses come from one forward pass of each network. So the generator's must be
-        differentiated for the generator's parameters alone, and D's for those of D."""
-        path, r1 = (self.ada and step % n == 0 for n in (self.path_every, self.r1_every))
-        generator = getattr(model, "module", model)
-        with twice_differentiable() if path else nullcontext():
-            reconstruction, _, *tokens = model(imgs, return_tokens=path)
-        fake = generator.images(reconstruction)
-        real = image_pyramid(imgs, [image.shape[-1] for image in fake])
-
+    def perceptual_losses(self, fake: list[Tensor], real: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """L_feat and L_style. Their gradient goes through the frozen copy into the fakes."""
         with torch.no_grad():
             _, real_features = self.frozen(real)
         _, fake_features = self.frozen(fake)
-        pix = (fake[0] - real[0]).abs().mean()
-        feat = feature_loss(fake_features, real_features)
-        style = style_loss(fake_features, real_features)
+        return feature_loss(fake_features, real_features), style_loss(fake_features, real_features)
 
-        if self.ada:
-            real, fake_seen = self.augment(real), self.augment(fake)
-        else:
-            fake_seen = fake
-        real = [image.detach().requires_grad_(r1) for image in real]
-        fake_score, _ = discriminator(fake_seen)
-        with torch.autocast(imgs.device.type, enabled=False) if r1 else nullcontext():
-            real_score, _ = discriminator(real)
+    def losses(self, model: nn.Module, discriminator: nn.Module, imgs: Tensor, step: int):
+        """imgs (B, 3, S, S) -> the generator's loss, D's loss, terms to log. `model` and
+        `discriminator`: the modules to call, wrapped for several processes.
+
+        Both losses come from the same forward passes. So D's must be differentiated for D's
+        parameters alone, as if the fakes were detached, and the generator's for its own alone."""
+        with_path, with_r1 = (self.ada and step % n == 0 for n in (self.path_every, self.r1_every))
+        with twice_differentiable() if with_path else nullcontext():
+            reconstruction, _, tokens = model(imgs, return_tokens=True)
+        fake = getattr(model, "module", model).images(reconstruction)
+        real = image_pyramid(imgs, [image.shape[-1] for image in fake])
+        pix = (fake[0] - real[0]).abs().mean()
+        feat, style = self.perceptual_losses(fake, real)
+
+        seen_fake, seen_real = (self.augment(x) if self.ada else x for x in (fake, real))
+        seen_real = [image.detach().requires_grad_(with_r1) for image in seen_real]
+        fake_score, _ = discriminator(seen_fake)
+        with torch.autocast(imgs.device.type, enabled=False) if with_r1 else nullcontext():
+            real_score, _ = discriminator(seen_real)
         adv = logistic_g_loss(fake_score) if self.ada else ls_g_loss(fake_score)
         d_loss = (logistic_d_loss if self.ada else ls_d_loss)(real_score, fake_score)
+        self.real_scores.append(real_score.detach())
 
         g_loss = pix + self.feature_weight * feat + self.style_weight * style
         g_loss = g_loss + self.adv_weight * adv
         terms = dict(loss=g_loss, pix=pix, feat=feat, style=style, adv=adv, d_loss=d_loss,
                      real_score=real_score.mean(), fake_score=fake_score.mean())  # fmt: skip
-        if r1:
-            terms["r1"] = r1_penalty(real_score, real)
+        if with_r1:
+            terms["r1"] = r1_penalty(real_score, seen_real)
             d_loss = d_loss + self.r1_every * self.r1_gamma / 2 * terms["r1"]
-        if path:
-            terms["path"] = self.path_length(fake[0], *tokens)
+        if with_path:
+            terms["path"] = self.path_length(fake[0], tokens)
             g_loss = g_loss + self.path_every * self.path_weight * terms["path"]
-        return g_loss, d_loss, terms, real_score
+        return g_loss, d_loss, terms
+
+    def end_step(self, batch_size: int) -> None:
+        """After a step of `batch_size` images over all processes: what follows from its scores."""
+        self.path_length.update()
+        if self.ada:
+            self.augment.update(torch.cat(self.real_scores), batch_size)
+        self.real_scores = []
 
 
 # ------------------------------------------------------------------------------ training
@@ -665,16 +691,14 @@ def main(cfg: Config) -> None:
 
             if run.step % refresh_every == 0:
                 adversary.refresh()
-            real_scores = []
             for imgs, _ in micro_batches:
                 with run.forward(ddp, ddp_d):
-                    g_loss, d_loss, terms, score = adversary.losses(ddp, ddp_d, imgs, run.step)
+                    g_loss, d_loss, terms = adversary.losses(ddp, ddp_d, imgs, run.step)
                 run.backward(d_loss, inputs=trainable(ddp_d), retain_graph=True)
                 run.backward(g_loss, inputs=trainable(ddp))
                 run.log(**terms)
-                real_scores.append(score)
-            if adversary.ada:
-                adversary.augment.update(torch.cat(real_scores), cfg.batch_size)
+                del g_loss, d_loss, terms  # and with them the graph, before the next is made
+            adversary.end_step(cfg.batch_size)
             run.update(optimizer, d_optimizer, log_norms=("g_norm", "d_norm"))
         results = dict(ada_p=adversary.augment.p) if adversarial and adversary.ada else {}
         run.end_epoch(model.encoder, picture, **results)

@@ -101,9 +101,10 @@ def adversarial_step(cfg, imgs: torch.Tensor):
 
     def step() -> None:
         with autocast(imgs.device):
-            g_loss, d_loss, *_ = adversary.losses(model, discriminator, imgs, next(counter))
+            g_loss, d_loss, _ = adversary.losses(model, discriminator, imgs, next(counter))
         d_loss.backward(inputs=parameters[1], retain_graph=True)
         g_loss.backward(inputs=parameters[0])
+        adversary.end_step(len(imgs))
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
