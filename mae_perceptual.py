@@ -406,13 +406,11 @@ class AdaptiveAugment(nn.Module):
         affine map and one colour map at all its scales. Reflected at the borders."""
         if self.p == 0:
             return pyramid
-        device, result = pyramid[0].device, []
-        affine = random_affine(len(pyramid[0]), self.p, pyramid[0].shape[-1])
-        colour, offset = random_colour(len(pyramid[0]), self.p)
-        affine, colour, offset = (
-            x.to(device, non_blocking=True) for x in (affine, colour, offset)
-        )
+        (count, _, _, size), device = pyramid[0].shape, pyramid[0].device
         with torch.autocast(device.type, enabled=False):
+            maps = random_affine(count, self.p, size), *random_colour(count, self.p)
+            affine, colour, offset = (x.to(device, non_blocking=True) for x in maps)
+            result = []
             for imgs in pyramid:
                 grid = F.affine_grid(affine, list(imgs.shape), align_corners=False)
                 imgs = F.grid_sample(
@@ -567,8 +565,10 @@ class Adversary(nn.Module):
         seen_fake, seen_real = (self.augment(x) if self.ada else x for x in (fake, real))
         seen_real = [image.detach().requires_grad_(with_r1) for image in seen_real]
         fake_score, _ = discriminator(seen_fake)
+        # R1 in fp32: autocast would also round the products within the gradient.
         with torch.autocast(imgs.device.type, enabled=False) if with_r1 else nullcontext():
             real_score, _ = discriminator(seen_real)
+            r1 = r1_penalty(real_score, seen_real) if with_r1 else None
         adv = logistic_g_loss(fake_score) if self.ada else ls_g_loss(fake_score)
         d_loss = (logistic_d_loss if self.ada else ls_d_loss)(real_score, fake_score)
         self.real_scores.append(real_score.detach())
@@ -578,8 +578,8 @@ class Adversary(nn.Module):
         terms = dict(loss=g_loss, pix=pix, feat=feat, style=style, adv=adv, d_loss=d_loss,
                      real_score=real_score.mean(), fake_score=fake_score.mean())  # fmt: skip
         if with_r1:
-            terms["r1"] = r1_penalty(real_score, seen_real)
-            d_loss = d_loss + self.r1_every * self.r1_gamma / 2 * terms["r1"]
+            terms["r1"] = r1
+            d_loss = d_loss + self.r1_every * self.r1_gamma / 2 * r1
         if with_path:
             terms["path"] = self.path_length(fake[0], tokens)
             g_loss = g_loss + self.path_every * self.path_weight * terms["path"]
