@@ -13,11 +13,11 @@ encoder's feature maps (multi-scale gradients); StyleGAN2-ADA's way to train the
     msg-ada      multi-scale    multi-scale, logistic, R1, path length, ADA    yes: the full method
 
     python mae_perceptual.py                                    # built-in images, all of the method
-    python mae_perceptual.py --variant mae                      # the same with plain MAE
+    python mae_perceptual.py --variant mae --out runs/mae-demo  # the same with plain MAE
     python mae_perceptual.py --preset cifar --variant ls        # CIFAR-10, downloaded
     python mae_perceptual.py --preset imagenet --accumulate 2   # one GPU
     torchrun --nproc-per-node 8 mae_perceptual.py --preset imagenet
-    torchrun --nproc-per-node 8 mae_perceptual.py --preset imagenet-mae --variant mae --accumulate 2
+    torchrun --nproc-per-node 8 mae_perceptual.py --preset imagenet-mae --accumulate 2
     torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
         mae_perceptual.py --preset imagenet --data /data/imagenet
     python eval_linear.py runs/mae_perceptual-demo --baseline   # then: is the encoder any good?
@@ -33,25 +33,28 @@ of a frozen copy of the discriminator D; images are normalised, for D and the lo
     L_G     = L_pix + 0.05 L_feat + 40 L_style + 0.7 L_adv          Adversary.losses
     L_D     = (D(x) - 1)^2 / 2 + D(y)^2 / 2
               or  softplus(-D(x)) + softplus(D(y)) + R1             ls_d_loss, logistic_d_loss
-In metrics.jsonl: loss is L_G, then its terms pix, feat, style, adv; d_loss is L_D without R1; r1,
-path are the penalties before their weights, on the steps that have them; real_score and fake_score
-the means of D(x) and D(y); g_norm and d_norm those of the gradients; ada_p the augmentation's p.
+The weights are flags, and smaller in our presets "demo" and "cifar". In metrics.jsonl: loss is L_G,
+pix, feat, style and adv are its terms; d_loss is L_D without R1; r1 and path are penalties before
+their weights, on the steps that have them, and in neither loss; real_score and fake_score the means
+of D(x) and D(y); g_norm and d_norm those of the gradients; ada_p the augmentation's p.
 
 Provenance   paper: perceptual and style loss in features of D, multi-scale gradients, StyleGAN2-ADA
     Authors' code: loss weights; which maps are features; a new copy of D every 5 epochs; skips and
       image heads of the decoder, and their order; layers of both discriminators; gamma of R1; the
       numbers in PRESETS["imagenet"]. Karras et al. 2020, whom the paper names: logistic loss, lazy
-      R1, path length, augmentations and the rule for p.
+      R1, path length, augmentations (drawn anew for reals and fakes) and the rule for p.
     MAE's paper and code: PRESETS["imagenet-mae"]; initialisation; masked MSE.
     Our choice: presets "demo" and "cifar"; width of fromRGB; which of a block's convolutions
-      widens; anti-aliased real pyramid; fewer layers of the one-scale D at small images; bf16 on
-      GPUs; a warm-up of at most a fifth of --epochs.
-Known deviations   D and the generator step at the same time, both from one forward pass of each, so
-    that accumulated steps equal whole ones. R1 is that of D's input, after augmentation, which
-    resamples bilinearly: grid_sample has no second derivative. Path length is that of the full-size
-    image. Defects of the released code that are mended: perceptual losses without gradient, an L1
-    counted twice, scores averaged before they are squared, a copy of D that was not frozen, two
-    scales sharing one fromRGB, blocks that never ran, two forward passes a step.
+      widens; anti-aliased real pyramid; fewer layers of the one-scale D at small images; no random
+      gamma and gain of colours; bf16 on GPUs; a warm-up of at most a fifth of --epochs.
+Known deviations   D and the generator step at the same time, from one forward pass of each, so that
+    micro-batches need not be kept. Statistics over a batch (BatchNorm of "ls", minibatch deviation
+    of the others) are over the images of one process and micro-batch: keep at least 4 there. R1 is
+    that of D's input, after augmentation, which resamples bilinearly: grid_sample has no second
+    derivative. Path length is that of the full-size image. Defects of the released code that are
+    mended: perceptual losses without gradient, an L1 counted twice, scores averaged before they are
+    squared, a copy of D that was not frozen, two scales with one fromRGB, blocks that never ran,
+    two forward passes a step.
 """
 
 import copy
