@@ -114,8 +114,8 @@ PRESETS = {
     "cifar": dict(  # ours
         data="cifar10", img_size=32, patch_size=4, size="tiny",
         decoder_dim=96, decoder_depth=4, decoder_heads=3,
-        epochs=200, batch_size=256, base_lr=5e-4, warmup_epochs=10,  # mae alone: 1.5e-3 is better
-        disc_width=128, disc_lr=2e-3, adv_weight=0.1, r1_gamma=0.1,
+        epochs=200, batch_size=256, base_lr=1e-3, warmup_epochs=10,
+        disc_width=128, disc_lr=1e-3, adv_weight=0.1,
     ),
     "imagenet": dict(  # Perceptual MAE, the authors' code
         data="imagenet", img_size=224, patch_size=16, size="base", mask_ratio=0.75,
