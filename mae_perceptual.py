@@ -34,7 +34,11 @@ of a frozen copy of the discriminator D; images are normalised, for D and the lo
     L_G     = L_pix + 0.05 L_feat + 40 L_style + 0.7 L_adv          Adversary.losses
     L_D     = (D(x) - 1)^2 / 2 + D(y)^2 / 2
               or  softplus(-D(x)) + softplus(D(y)) + R1             ls_d_loss, logistic_d_loss
-The weights are flags, and smaller in our presets "demo" and "cifar". In metrics.jsonl: loss is L_G,
+    R1      = 10/2 |dD(x)/dx|^2, x at all scales; every 16th step, then 16-fold    r1_penalty
+    path    = 2 (|J'n| - its running mean)^2, added to L_G; every 4th step, then 4-fold;
+              J = dy/dtokens of the decoder, n normal noise / side of the image    PathLength
+    p       up if E[sign D(x)] > 0.6, else down                     AdaptiveAugment.update
+Our presets "demo" and "cifar" take 0.1 instead of 0.7 for L_adv. In metrics.jsonl: loss is L_G, and
 pix, feat, style and adv are its terms; d_loss is L_D without R1; r1 and path are penalties before
 their weights, on the steps that have them, and in neither loss; real_score and fake_score the means
 of D(x) and D(y); g_norm and d_norm those of the gradients; ada_p the augmentation's p.
@@ -87,7 +91,7 @@ class Config(common.Config):
     feature_weight: float = 0.05  # of L_feat in the generator's loss
     style_weight: float = 40.0  # of L_style
     adv_weight: float = 0.7  # of L_adv
-    r1_gamma: float = 10.0  # msg-ada: weight of R1; small images want less
+    r1_gamma: float = 10.0  # msg-ada: weight of R1; lower it if D stays at chance
     refresh_epochs: float = 5.0  # the perceptual features are renewed every so many epochs
 
     def check(self) -> None:
@@ -341,10 +345,12 @@ def ls_d_loss(real_score: Tensor, fake_score: Tensor) -> Tensor:
 
 
 def ls_g_loss(fake_score: Tensor) -> Tensor:
+    """The same for the generator: fakes (B,) should score 1."""
     return 0.5 * (fake_score - 1).square().mean()
 
 
 def logistic_d_loss(real_score: Tensor, fake_score: Tensor) -> Tensor:
+    """Logistic loss of StyleGAN2 (Karras et al. 2020), on raw scores (B,)."""
     return F.softplus(-real_score).mean() + F.softplus(fake_score).mean()
 
 
