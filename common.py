@@ -145,11 +145,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, attend=F.scaled_dot_product_attention) -> Tensor:
+        """`attend`: from queries, keys and values, each (B, heads, n, d / heads), to outputs."""
         b, n, d = x.shape
         qkv = self.qkv(x).view(b, n, 3, self.num_heads, -1).unbind(2)
-        q, k, v = (y.transpose(1, 2) for y in qkv)  # each (B, heads, n, d / heads)
-        x = F.scaled_dot_product_attention(q, k, v)
+        x = attend(*(y.transpose(1, 2) for y in qkv))
         return self.proj(x.transpose(1, 2).reshape(b, n, d))
 
 
@@ -175,11 +175,11 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = drop_path
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, attend=F.scaled_dot_product_attention) -> Tensor:
         drop = functools.partial(
             torchvision.ops.stochastic_depth, p=self.drop_path, mode="row", training=self.training
         )
-        x = x + drop(self.attn(self.norm1(x)))
+        x = x + drop(self.attn(self.norm1(x), attend))
         return x + drop(self.mlp(self.norm2(x)))
 
 
@@ -284,7 +284,10 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, visible: Tensor) -> Tensor:
         """tokens (B, 1+n, D), visible (B, n) -> (B, L, p*p*C): every patch, visible ones too."""
-        x = self.fill_in(tokens, visible)
+        return self.decode(self.fill_in(tokens, visible))
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Embedded tokens (B, 1+L, dim) with positions -> (B, L, p*p*C)."""
         for block in self.blocks:
             x = block(x)
         return self.pred(self.norm(x[:, 1:]))
@@ -308,12 +311,14 @@ def read_checkpoint(path) -> dict:
 
 def split_weights(path) -> tuple[dict, dict, dict]:
     """Encoder weights, decoder weights and ViT settings of a file: our encoder.pt or checkpoint.pt,
-    or the flat layout of timm and of the published MAE files (a classification head is ignored)."""
+    or the flat layout of timm and of the published MAE files. A method's other parts and a
+    classification head are ignored."""
     loaded = read_checkpoint(path)
     weights = loaded.get("model", loaded)
     encoder, decoder = {}, {}
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
         raise UserError(f"{path} holds no weights")
+    ours = any(name.startswith("encoder.") for name in weights)  # then other parts have no place
     for name, value in weights.items():
         if name.startswith("encoder."):
             encoder[name.removeprefix("encoder.")] = value
@@ -321,7 +326,7 @@ def split_weights(path) -> tuple[dict, dict, dict]:
             decoder[name[len("decoder.") :]] = value
         elif name == "mask_token":
             decoder[name] = value
-        elif not name.startswith("head."):
+        elif not ours and not name.startswith("head."):
             encoder[name] = value
     for name, ndim in (("patch_embed.proj.weight", 4), ("pos_embed", 3)):
         if not isinstance(encoder.get(name), Tensor) or encoder[name].ndim != ndim:
@@ -932,13 +937,15 @@ def warmup_cosine(step: float, total: float, warmup: float, peak: float, floor=0
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Trainable parameters in two groups: weight decay, but none for biases and LayerNorm (1-D)."""
+def adamw(model: nn.Module, weight_decay: float, lr: float = 0.0) -> torch.optim.Optimizer:
+    """MAE's AdamW of the trainable parameters, in two groups: weight decay, but none for biases and
+    LayerNorm (1-D)."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
+    groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    return torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=True)
 
 
 def gather_rows(x: Tensor) -> Tensor:
@@ -986,13 +993,31 @@ def knn_scores(train_features: Tensor, train_labels: Tensor, test_features: Tens
     return torch.cat(scores)
 
 
+def reconstruction_rows(imgs: Tensor, pred: Tensor, mask: Tensor, patch_size: int,
+                        normalized: bool = True) -> dict[str, Tensor]:
+    """Rows of a reconstruction picture, label -> (N, 3, H, W) normalised images. `pred` (N, L,
+    p*p*3), mask (N, L), True = hidden; `normalized`: in units of each patch's own mean and std."""
+    patches, hidden, note = patchify(imgs, patch_size), mask[:, :, None], ""
+    if normalized:
+        mean, std = patch_statistics(patches)
+        pred, note = pred * std + mean, " (with the true mean and contrast of each patch)"
+    rows = {
+        "input": patches,
+        "masked": patches.masked_fill(hidden, 0),
+        f"prediction{note}": pred,
+        "prediction + visible": torch.where(hidden, pred, patches),
+    }
+    grid = patch_grid(imgs.shape[2:], patch_size)
+    return {k: unpatchify(x, patch_size, grid, imgs.shape[1]) for k, x in rows.items()}
+
+
 def save_grid(path: Path, rows: dict[str, Tensor]) -> None:
-    """PNG with one labelled row per entry, label -> images (N, 3, H, W) in 0..1; small ones are
+    """PNG with one labelled row per entry, label -> normalised images (N, 3, H, W); small ones are
     enlarged to about 100 pixels."""
     strips = []
     for label, imgs in rows.items():
         zoom = max(1, 100 // imgs.shape[-1])
-        imgs = F.interpolate(imgs.cpu(), scale_factor=zoom, mode="nearest")
+        imgs = F.interpolate(denormalize(imgs).cpu(), scale_factor=zoom, mode="nearest")
         strip = torchvision.utils.make_grid(imgs, nrow=len(imgs), padding=4, pad_value=1)
         picture = v2.functional.to_pil_image(F.pad(strip, (0, 0, 16, 0), value=1.0))
         ImageDraw.Draw(picture).text((4, 3), label, fill="black")
@@ -1106,12 +1131,14 @@ class Run:
         threads = f"cpu ({torch.get_num_threads()} threads)"
         device = torch.cuda.get_device_name() if cuda else threads
         count = sum(p.numel() for p in parts["model"].parameters()) / 1e6
+        rest = len(loader.images) % cfg.batch_size
+        rest = f" ({rest} images left over)" if rest else ""
         rule = f" = {cfg.base_lr:g} x {cfg.batch_size} / 256" if cfg.lr is None else ""
         self.print(
             f"{self.script} · {count:.2f} M parameters · {device} · {self.precision} · "
             f"torch {torch.__version__} · git {git_hash()}\n"
-            f"  data    {cfg.data}: {len(loader.images)} images, {loader.steps} steps an epoch, "
-            f"{self.total} steps in {cfg.epochs} epochs\n"
+            f"  data    {cfg.data}: {len(loader.images)} images, {loader.steps} steps an epoch"
+            f"{rest}, {self.total} steps in {cfg.epochs} epochs\n"
             f"  batch   {cfg.batch_size} = {self.world} processes x {cfg.accumulate} accumulated x "
             f"{loader.micro_batch}\n"
             f"  lr      {self.peak_lr:.3g}{rule}; {self.warmup:g} steps of warm-up\n"

@@ -608,27 +608,16 @@ class Adversary(nn.Module):
 
 @torch.no_grad()
 def reconstruct(model: PerceptualMAE, imgs: Tensor, norm_pix: bool) -> dict[str, Tensor]:
-    """Rows of the reconstruction picture: label -> (N, 3, H, W) in 0..1. `norm_pix`: patches were
-    predicted in units of their own mean and std."""
-    p, grid, channels = model.encoder.patch_size, model.encoder.grid, imgs.shape[1]
+    """Rows of the reconstruction picture, label -> (N, 3, H, W) normalised images. `norm_pix`:
+    patches were predicted in units of their own mean and std."""
     pred, mask = model.forward(imgs)  # not compiled anew for this number of images
     whole, *smaller = model.images(pred)
-    pred, patches = common.patchify(whole, p), common.patchify(imgs, p)
-    hidden, note = mask[:, :, None], ""
-    if norm_pix:
-        mean, std = common.patch_statistics(patches)
-        pred, note = pred * std + mean, " (with the true mean and contrast of each patch)"
-    rows = {
-        "input": patches,
-        "masked": patches.masked_fill(hidden, 0),
-        f"prediction{note}": pred,
-        "prediction + visible": torch.where(hidden, pred, patches),
-    }
-    rows = {k: common.unpatchify(x, p, grid, channels) for k, x in rows.items()}
+    p = model.encoder.patch_size
+    rows = common.reconstruction_rows(imgs, common.patchify(whole, p), mask, p, norm_pix)
     for image in smaller:
         label = f"prediction at {image.shape[-1]} px"
         rows[label] = F.interpolate(image, imgs.shape[-2:], mode="nearest")
-    return {k: common.denormalize(x) for k, x in rows.items()}
+    return rows
 
 
 def build(cfg: Config) -> PerceptualMAE:
@@ -648,12 +637,6 @@ def build_adversary(cfg: Config) -> Adversary:
     )  # fmt: skip
 
 
-def adamw(model: nn.Module, weight_decay: float, lr: float = 0.0) -> torch.optim.Optimizer:
-    """MAE's AdamW; without weight decay it is the Adam of Perceptual MAE."""
-    groups = common.param_groups(model, weight_decay)
-    return torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=True)
-
-
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
@@ -664,12 +647,12 @@ def main(cfg: Config) -> None:
     model = build(cfg).to(run.device)
     if cfg.init_from:
         common.init_from(cfg.init_from, model.encoder, model.decoder)
-    optimizer = adamw(model, cfg.weight_decay)
+    optimizer = common.adamw(model, cfg.weight_decay)
     parts = dict(model=model, optimizer=optimizer)
     adversarial = cfg.variant != "mae"
     if adversarial:
         adversary = build_adversary(cfg).to(run.device)
-        d_optimizer = adamw(adversary.discriminator, 0.0, cfg.disc_lr)
+        d_optimizer = common.adamw(adversary.discriminator, 0.0, cfg.disc_lr)
         parts |= dict(adversary=adversary, d_optimizer=d_optimizer)
 
     train, val = common.pretraining_images(cfg, run.device)

@@ -2,13 +2,15 @@
 
     python tests/bench.py                                   # 32 px, patch 4, ViT-Tiny; CPU: 1-2 min
     python tests/bench.py --preset imagenet --batch 64      # ViT-B/16 at 224 px, on a GPU
-    python tests/bench.py --variants                        # what Perceptual MAE costs beside MAE
+    python tests/bench.py --methods ls msg msg-ada          # what Perceptual MAE costs beside MAE
+    python tests/bench.py --methods mixed_ae naive-mixing   # and MixedAE
     python tests/bench.py --decode FOLDER                   # images/s decoded and cropped by a core
 
-A training step of `--variant mae` against the same model built from timm's PatchEmbed and Block
-(if timm is installed), or against the other variants: forward, losses, backward, optimisers, in
-turn. The median over rounds; for the variants, of which some steps do more, the mean over 16.
-Peak memory is that of a process of its own (CPU: Linux, the growth of its resident set).
+A training step of MAE (mae_perceptual.py --variant mae) against the same model built from timm's
+PatchEmbed and Block (if timm is installed), or against other methods: forward, losses, backward,
+optimisers, in turn. The median over --rounds; the mean over 16 for ls, msg and msg-ada, of which
+some steps do more. Peak memory is that of a process of its own (CPU: Linux, the growth of its
+resident set).
 """
 
 import argparse
@@ -26,11 +28,14 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import mae_perceptual
+import mixed_ae
 
 try:
     import timm
 except ImportError:
     timm = None
+
+ADVERSARIAL, MIXING = ("ls", "msg", "msg-ada"), ("mixed_ae", "naive-mixing")
 
 
 class TimmMAE(nn.Module):
@@ -76,13 +81,21 @@ def norm_layer(dim, **kwargs):
     return nn.LayerNorm(dim, eps=1e-6)
 
 
-def mae_step(model: nn.Module, cfg, imgs: torch.Tensor):
-    optimizer = mae_perceptual.adamw(model.to(imgs.device), cfg.weight_decay, lr=1e-4)
+def mae_loss(model: nn.Module, imgs: torch.Tensor) -> torch.Tensor:
+    pred, mask = model(imgs)
+    return common.masked_mse(pred, common.patchify(imgs, model.patch_size), mask)
+
+
+def mixed_loss(model: nn.Module, imgs: torch.Tensor) -> torch.Tensor:
+    return model(imgs)[0]
+
+
+def plain_step(model: nn.Module, loss_of, imgs: torch.Tensor):
+    optimizer = common.adamw(model.to(imgs.device), weight_decay=0.05, lr=1e-4)
 
     def step() -> None:
         with autocast(imgs.device):
-            pred, mask = model(imgs)
-            loss = common.masked_mse(pred, common.patchify(imgs, cfg.patch_size), mask)
+            loss = loss_of(model, imgs)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -95,7 +108,7 @@ def adversarial_step(cfg, imgs: torch.Tensor):
     adversary = mae_perceptual.build_adversary(cfg).to(imgs.device)
     discriminator, adversary.augment.p = adversary.discriminator, 0.3  # at 0 it costs nothing
     players = (model, discriminator)
-    optimizers = [mae_perceptual.adamw(player, 0.0, lr=1e-4) for player in players]
+    optimizers = [common.adamw(player, 0.0, lr=1e-4) for player in players]
     parameters = [mae_perceptual.trainable(player) for player in players]
     counter = itertools.count()
 
@@ -116,15 +129,23 @@ def autocast(device: torch.device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def make_step(name: str, cfg, batch: int, device: torch.device):
+def make_step(name: str, preset: str, batch: int, device: torch.device):
+    cfg = mae_perceptual.Config(**mae_perceptual.PRESETS[preset] | {"lr_decay": None})
     imgs = torch.randn(batch, 3, cfg.img_size, cfg.img_size, device=device)
-    if name not in ("mae", "timm"):
+    if name in ADVERSARIAL:
         return adversarial_step(dataclasses.replace(cfg, variant=name), imgs)
+    if name in MIXING:
+        on = name == "mixed_ae"
+        switches = dict(homologous_attention=on, homologous_loss=on, segment=on)
+        model = mixed_ae.build(mixed_ae.Config(**mixed_ae.PRESETS[preset], **switches))
+        return plain_step(model, mixed_loss, imgs)
     model = mae_perceptual.build(dataclasses.replace(cfg, variant="mae"))
-    return mae_step(TimmMAE(model) if name == "timm" else model, cfg, imgs)
+    model = TimmMAE(model) if name == "timm" else model
+    model.patch_size = cfg.patch_size
+    return plain_step(model, mae_loss, imgs)
 
 
-def peak_memory(name: str, cfg, batch: int, device: torch.device) -> float:
+def peak_memory(name: str, preset: str, batch: int, device: torch.device) -> float:
     """MiB that the model and its first steps need."""
 
     def high_water_mark() -> int:  # of this process; ru_maxrss would include its parent's
@@ -133,7 +154,7 @@ def peak_memory(name: str, cfg, batch: int, device: torch.device) -> float:
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
     before = high_water_mark()
-    step = make_step(name, cfg, batch, device)
+    step = make_step(name, preset, batch, device)
     for _ in range(3):
         step()
     return (high_water_mark() - before) / 2**20
@@ -155,26 +176,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--preset", choices=mae_perceptual.PRESETS, default="cifar")
+    parser.add_argument("--preset", choices=mixed_ae.PRESETS, default="cifar")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--decode", metavar="FOLDER")
-    parser.add_argument("--variants", action="store_true")
+    parser.add_argument("--methods", nargs="+", choices=("timm", *ADVERSARIAL, *MIXING))
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.decode:
         return decode(args.decode)
 
     device = common.set_up_process(args.device)
-    cfg = mae_perceptual.Config(**mae_perceptual.PRESETS[args.preset] | {"lr_decay": None})
     if args.memory_of:
-        return print(peak_memory(args.memory_of, cfg, args.batch, device))
+        return print(peak_memory(args.memory_of, args.preset, args.batch, device))
 
-    names, rounds, average = ["mae"] + ["timm"] * bool(timm), args.rounds, statistics.median
-    if args.variants:
-        names, rounds, average = ["mae", "ls", "msg", "msg-ada"], 16, statistics.mean
-    steps = {name: make_step(name, cfg, args.batch, device) for name in names}
+    names = ["mae", *(args.methods or ["timm"] * bool(timm))]
+    rounds, average = args.rounds, statistics.median
+    if set(names) & set(ADVERSARIAL):
+        rounds, average = 16, statistics.mean
+    steps = {name: make_step(name, args.preset, args.batch, device) for name in names}
     times = {name: [] for name in names}
     for i in range(rounds + 2):
         for name, step in steps.items():
@@ -191,7 +212,7 @@ def main() -> None:
         command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", name]
         memory = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         middle, ratio = average(seconds), average(seconds) / average(times["mae"])
-        print(f"{name:8s} {1000 * middle:8.1f} ms a step {args.batch / middle:8.0f} images/s"
+        print(f"{name:12s} {1000 * middle:8.1f} ms a step {args.batch / middle:8.0f} images/s"
               f" {memory:8.0f} MiB peak {ratio:8.3f} x mae's time")  # fmt: skip
 
 

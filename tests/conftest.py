@@ -36,10 +36,17 @@ def shapes_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cifar_folder() -> Path:
-    folder = ROOT / "data" / "cifar10"
-    if not folder.is_dir():
+def cifar_folder(tmp_path_factory) -> Path:
+    """train/ (4000 images) and val/ (400) of CIFAR-10: the first of each class."""
+    whole = ROOT / "data" / "cifar10"
+    if not whole.is_dir():
         pytest.skip("no data/cifar10 (class folders of JPEGs in train/ and val/)")
+    folder = tmp_path_factory.mktemp("cifar10")
+    for split, count in (("train", 400), ("val", 40)):
+        for source in (whole / split).iterdir():
+            (folder / split / source.name).mkdir(parents=True)
+            for path in sorted(source.iterdir())[:count]:
+                (folder / split / source.name / path.name).symlink_to(path)
     return folder
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 import common
 import eval_linear
 import mae_perceptual
+import mixed_ae
 
 MAE = ["--variant", "mae", "--decoder-dim", "16", "--decoder-depth", "1", "--decoder-heads", "2"]
 
@@ -106,8 +107,8 @@ def test_clipping_and_groups():
     cfg = mae_perceptual.Config(out="unused", device="cpu", clip_grad=0.1)
     run, model = common.Run(cfg), torch.nn.Linear(3, 2)
     before = [p.detach().clone() for p in model.parameters()]
-    groups = common.param_groups(model, 0.0)
-    optimizer = torch.optim.SGD(groups, lr=1.0)
+    groups = common.adamw(model, 0.0).param_groups
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     run.backward(100 * model(torch.ones(1, 3)).sum())
     run.update(optimizer)
     moved = [(a - b).norm() ** 2 for a, b in zip(model.parameters(), before, strict=True)]
@@ -400,8 +401,8 @@ def test_real_images_learn(variant, depth, term, low, high, cifar_folder, tmp_pa
     """CIFAR-10 as a user has it: the loss falls within a few dozen steps. Untrained: about 1.4
     (mae), and 1 (pix)."""
     flags = ["--preset", "cifar", "--data", str(cifar_folder), "--depth", depth, "--device", "cpu",
-             "--decoder-depth", depth, "--batch-size", "64", "--steps", "60", "--epochs", "1",
-             "--warmup-epochs", "0.02", "--lr", "4e-4", "--variant", variant,
+             "--decoder-depth", depth, "--batch-size", "64", "--steps", "60", "--epochs", "5",
+             "--warmup-epochs", "0.25", "--lr", "4e-4", "--variant", variant,
              "--out", str(tmp_path)]  # fmt: skip
     mae_perceptual.main(common.parse(mae_perceptual.Config, mae_perceptual.PRESETS, flags))
     metrics = json.loads((tmp_path / "metrics.jsonl").read_text())
@@ -411,21 +412,24 @@ def test_real_images_learn(variant, depth, term, low, high, cifar_folder, tmp_pa
 # ------------------------------------------------------------------------------ what we tell people
 
 
+SCRIPTS = {"mae_perceptual": mae_perceptual, "mixed_ae": mixed_ae, "eval_linear": eval_linear}
+
+
 def commands_in(text: str) -> list[list[str]]:
     text = text.replace("\\\n", " ")
-    script = r"(?:mae_perceptual|eval_linear)\.py"
+    script = rf"(?:{'|'.join(SCRIPTS)})\.py"
     lines = re.findall(rf"(?:python|torchrun)\S* [^\n#|]*?{script}[^\n#`|&]*", text)
     return [shlex.split(line) for line in lines]
 
 
-@pytest.mark.parametrize("file", ["README.md", "mae_perceptual.py", "eval_linear.py"])
+@pytest.mark.parametrize("file", ["README.md", *(f"{name}.py" for name in SCRIPTS)])
 def test_every_command_that_we_show_is_accepted(file, tmp_path, monkeypatch):
     commands = commands_in((ROOT / file).read_text())
     assert len(commands) >= 3
     monkeypatch.chdir(tmp_path)
     for command in commands:
         at = next(i for i, word in enumerate(command) if word.endswith(".py"))
-        script = {"mae_perceptual.py": mae_perceptual, "eval_linear.py": eval_linear}[command[at]]
+        script = SCRIPTS[command[at].removesuffix(".py")]
         for word in command[at + 1 :]:
             if word.startswith("runs/"):
                 (tmp_path / word).mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,355 @@
+"""MixedAE: an autoencoder that learns from mixed images.
+
+Chen, Liu, Hong, Xu, Li, Yeung. Mixed Autoencoder for Self-supervised Visual Representation
+Learning. CVPR 2023, arXiv 2303.17152. Mixing images instead of hiding patches harms MAE (He et al.,
+CVPR 2022, arXiv 2111.06377): a token of another image says more about the target than none, so the
+task gets easier. MixedAE adds homologous recognition: each patch has to recognise the patches of
+its own image, by attention to few keys and by a contrastive loss. No second view, no other network.
+
+    python mixed_ae.py                                          # built-in images
+    python mixed_ae.py --no-homologous-attention --no-homologous-loss --no-segment \\
+        --out runs/naive                                        # naive mixing, the paper's baseline
+    python mixed_ae.py --preset cifar                           # CIFAR-10, downloaded
+    python mixed_ae.py --preset imagenet --accumulate 4         # one GPU
+    torchrun --nproc-per-node 8 mixed_ae.py --preset imagenet --data /data/imagenet
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+        mixed_ae.py --preset imagenet --data /data/imagenet
+    python eval_linear.py runs/mixed_ae-demo --baseline         # then: is the encoder any good?
+
+TIMES
+
+Equation -> code. G images in a group, L patches in an image, r = 1/G; image i of a group, patch l.
+    source(l)   a random assignment, exactly L/G of the places to each image    random_mixing
+    x_mix(l)    = patch l of image source(l), in its place                      mix
+    tokens(l)   = embedded x_mix(l) + position(l) + segment(source(l)); cls     MixedAE.encode
+    attention   of a patch: to cls and the K = L/G patches of largest q k'      homologous_attention
+    unmix_i(l)  = encoded token l where source(l) = i, else the mask token      unmix
+    L_recon     = MAE's loss of image i where source(l) != i, mean over images  MixedAE.forward
+    L_homo      = mean over l of -1/|P| sum over a in P of log p(a | l), P the other patches of the
+                  image of l, p = softmax over all other patches b of cos(z_l, z_b) / tau
+                                                                      homologous_contrastive_loss
+    L           = L_recon + 0.1 L_homo                                          MixedAE.forward
+In metrics.jsonl: loss is L; recon and homo its terms, homo also where the switch leaves it out;
+topk_accuracy, the share of homologous patches among the K keys of the last block: r by chance.
+
+Provenance   paper: mixing, homologous attention and contrastive loss, segment embedding, switches,
+      topk_accuracy, optimisation as MAE's.
+    Paper, unverified (from memory): attention in all blocks but the first; where the segment
+      embedding is added; tau 0.25, weight 0.1.
+    Inferred: groups of four and one mixed image each; the paper's 3 % more time than MAE fit no
+      other reading (groups of two would cost 46 % more, four mixtures of four images 137 %).
+    MAE's paper and code: architecture, initialisation, reconstruction loss, recipe.
+    Our choice: cls attends to all and all attend to it, beyond the K; no projector before the
+      contrastive loss; std 0.02 of the segment embedding; presets "demo" and "cifar".
+Known deviations   Patches are mixed before their embedding, not after it: as each stays in its
+    place the result is the same, for 1/G of the work. Groups are formed within a micro-batch. The
+    contrastive loss is in fp32 whatever the precision.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import common
+
+
+@dataclass
+class Config(common.Config):
+    mask_ratio: float = 0.75  # share of each image that the others hide: 0.75 mixes 4, 0.5 mixes 2
+    homologous_attention: bool = True  # patches attend to the few keys most like them
+    homologous_loss: bool = True  # patches are told which others are of the same image
+    segment: bool = True  # tokens are told the number of their image
+    tau: float = 0.25  # temperature of the contrastive loss
+    homo_weight: float = 0.1  # of the contrastive loss
+    decoder_dim: int = 512  # width of the decoder
+    decoder_depth: int = 8  # blocks of the decoder
+    decoder_heads: int = 16  # attention heads of the decoder
+
+    def check(self) -> None:
+        super().check()
+        common.check_numbers(self, 1, "decoder_dim", "decoder_depth", "decoder_heads")
+        common.check_numbers(self, 0, "homo_weight")
+        common.check_numbers(self, 1e-30, "tau")
+
+
+PRESETS = {
+    "demo": dict(  # ours, for two cores and two minutes
+        data="shapes", img_size=32, patch_size=4, size="tiny", depth=3,
+        decoder_dim=64, decoder_depth=1, decoder_heads=2, min_crop=0.5,
+        epochs=3, batch_size=64, base_lr=6e-3, warmup_epochs=0.3, knn_every=10,
+    ),
+    "cifar": dict(  # ours
+        data="cifar10", img_size=32, patch_size=4, size="tiny",
+        decoder_dim=96, decoder_depth=4, decoder_heads=3,
+        epochs=200, batch_size=256, base_lr=1e-3, warmup_epochs=10,
+    ),
+    "imagenet": dict(  # the paper: MAE's recipe with a batch of 1024; 1600 epochs are its best
+        data="imagenet", img_size=224, patch_size=16, size="base", mask_ratio=0.75,
+        decoder_dim=512, decoder_depth=8, decoder_heads=16, min_crop=0.2,
+        epochs=800, batch_size=1024, base_lr=1.5e-4, warmup_epochs=40, weight_decay=0.05,
+        tau=0.25, homo_weight=0.1, workers=10,
+    ),
+}  # fmt: skip
+
+# ------------------------------------------------------------------------------ mixing
+
+
+def nearest_multiple(number: int, factor: int) -> int:
+    return max(factor, round(number / factor) * factor)
+
+
+def random_mixing(groups: int, group_size: int, num_patches: int, device=None, generator=None):
+    """source (groups, L) int64 in 0..group_size-1: the image that patch l of the mixture is of.
+    Uniformly random among the assignments that give each image exactly L / group_size patches.
+    UserError if that is no whole number."""
+    if num_patches % group_size:
+        raise common.UserError(
+            f"{num_patches} patches cannot be shared equally by {group_size} images; "
+            f"{nearest_multiple(num_patches, group_size)} patches could"
+        )
+    noise = torch.rand(groups, num_patches, device=device, generator=generator)
+    return noise.argsort(dim=1) % group_size
+
+
+def mix(tokens: Tensor, source: Tensor) -> Tensor:
+    """tokens (groups*G, L, D), source (groups, L) -> (groups, L, D): patch l of image source(l) of
+    the group, group by group. Patches stay where they were."""
+    groups, num_patches = source.shape
+    if len(tokens) % groups:
+        raise common.UserError(
+            f"{len(tokens)} images do not fill {groups} groups; "
+            f"{nearest_multiple(len(tokens), groups)} images would"
+        )
+    grouped = tokens.unflatten(0, (groups, -1))
+    group = torch.arange(groups, device=source.device)[:, None]
+    return grouped[group, source, torch.arange(num_patches, device=source.device)]
+
+
+def own_patches(source: Tensor, group_size: int) -> Tensor:
+    """source (groups, L) -> (groups*G, L) bool: True where patch l of the mixture is image i's."""
+    images = torch.arange(group_size, device=source.device)
+    return (source[:, None] == images[:, None]).flatten(0, 1)
+
+
+def unmix(mixed: Tensor, source: Tensor, mask_token: Tensor, group_size: int) -> Tensor:
+    """mixed (groups, L, D), source (groups, L), mask_token (D,) -> (groups*G, L, D): for each image
+    of a group its own tokens in their places, the mask token in all others."""
+    own = own_patches(source, group_size).unflatten(0, (-1, group_size))
+    tokens = torch.where(own[..., None], mixed[:, None], mask_token.to(mixed.dtype))
+    return tokens.flatten(0, 1)
+
+
+# ------------------------------------------------------------------------------ recognition
+
+
+@torch.no_grad()
+def topk_keys(q: Tensor, k: Tensor, topk: int) -> Tensor:
+    """q, k (B, heads, 1+L, d), cls first -> (B, heads, 1+L, 1+L) bool, True where a query attends
+    to a key: a patch to the `topk` patches of largest product, exactly, and to cls; cls to all."""
+    products = q[:, :, 1:] @ k[:, :, 1:].transpose(2, 3)
+    largest = products.topk(topk, dim=3, sorted=False).indices
+    keep = torch.ones(*q.shape[:3], k.shape[2], dtype=torch.bool, device=q.device)
+    keep[:, :, 1:, 1:] = torch.zeros_like(products, dtype=torch.bool).scatter_(3, largest, True)
+    return keep
+
+
+def homologous_attention(q: Tensor, k: Tensor, v: Tensor, topk: int) -> Tensor:
+    """q, k, v (B, heads, 1+L, d), cls first -> (B, heads, 1+L, d): softmax attention in which each
+    patch query has all but cls and its `topk` best patch keys at minus infinity. The choice of the
+    keys has no gradient, the kept logits have."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=topk_keys(q, k, topk))
+
+
+def topk_accuracy(q: Tensor, k: Tensor, source: Tensor, topk: int) -> Tensor:
+    """Share of the kept patch keys that are of the query's own image (itself among them), over
+    heads and queries; 1 / group size by chance. q, k (B, heads, 1+L, d), source (B, L)."""
+    keep = topk_keys(q, k, topk)[:, :, 1:, 1:]
+    homologous = source[:, None, :, None] == source[:, None, None]
+    return (keep & homologous).sum() / keep.sum()
+
+
+def homologous_contrastive_loss(z: Tensor, source: Tensor, tau: float) -> Tensor:
+    """z (groups, L, D), source (groups, L) -> scalar: among all other patches of its mixture, each
+    patch has to pick those of its own image by cosine. In fp32. log(L - 1) if z tells nothing."""
+    with torch.autocast(z.device.type, enabled=False):
+        z = F.normalize(z.float(), dim=2)
+        logits = z @ z.transpose(1, 2) / tau
+    itself = torch.eye(z.shape[1], dtype=torch.bool, device=z.device)
+    log_p = logits - logits.masked_fill(itself, -torch.inf).logsumexp(dim=2, keepdim=True)
+    positive = (source[:, :, None] == source[:, None]) & ~itself
+    return -((log_p * positive).sum(dim=2) / positive.sum(dim=2)).mean()
+
+
+class MixedAE(nn.Module):
+    """Groups of G = 1 / `ratio` images become one mixture each; it is encoded and un-mixed, and all
+    G images are decoded. `plain_blocks`: how many of the first blocks have ordinary attention.
+
+    The encoder stays an ordinary ViT: with the same weights it is evaluated with ordinary attention
+    on whole images. UserError if the images of a group cannot share the places equally."""
+
+    def __init__(self, encoder: common.ViT, decoder: common.Decoder, ratio: float = 0.25,
+                 tau: float = 0.25, homo_weight: float = 0.1, homologous_attention: bool = True,
+                 homologous_loss: bool = True, segment: bool = True, plain_blocks: int = 1):
+        super().__init__()
+        self.encoder, self.decoder, self.group_size = encoder, decoder, group_size(ratio)
+        self.tau, self.homo_weight, self.plain_blocks = tau, homo_weight, plain_blocks
+        self.homologous_attention, self.homologous_loss = homologous_attention, homologous_loss
+        self.segment = nn.Embedding(self.group_size, encoder.embed_dim) if segment else None
+        if segment:
+            nn.init.normal_(self.segment.weight, std=0.02)
+        check_grid(encoder, self.group_size)
+        self.topk = encoder.num_patches // self.group_size
+
+    def encode(self, patches: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+        """patches (groups*G, L, p*p*C), source (groups, L) -> tokens (groups, 1+L, D) after the
+        norm, and the last block's topk_accuracy."""
+        vit, accuracy = self.encoder, []
+        mixed = common.unpatchify(mix(patches, source), vit.patch_size, vit.grid, vit.in_chans)
+        x = vit.embed(mixed)
+        if self.segment is not None:
+            x = x + F.pad(self.segment(source), (0, 0, 1, 0))  # nothing for cls
+        attentions = [F.scaled_dot_product_attention] * len(vit.blocks)
+        if self.homologous_attention:
+            sparse = functools.partial(homologous_attention, topk=self.topk)
+            attentions[self.plain_blocks :] = [sparse] * (len(vit.blocks) - self.plain_blocks)
+
+        def watched(q, k, v):
+            accuracy.append(topk_accuracy(q, k, source, self.topk))
+            return attentions[-1](q, k, v)
+
+        for block, attend in zip(vit.blocks, [*attentions[:-1], watched], strict=True):
+            x = block(x, attend)
+        return vit.norm(x), accuracy[0]
+
+    def decode(self, tokens: Tensor, source: Tensor) -> Tensor:
+        """tokens (groups, 1+L, D), source (groups, L) -> (groups*G, L, p*p*C), every patch of all
+        images. cls, which stands for the whole mixture, goes to each of them."""
+        x = self.decoder.embed(tokens)
+        cls = x[:, :1].repeat_interleave(self.group_size, dim=0)
+        patches = unmix(x[:, 1:], source, self.decoder.mask_token[0, 0], self.group_size)
+        return self.decoder.decode(torch.cat([cls, patches], dim=1) + self.decoder.pos_embed)
+
+    def predict(self, imgs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """imgs (B, C, H, W), B divisible by G -> prediction (B, L, p*p*C), source (B/G, L), tokens
+        (B/G, 1+L, D), topk_accuracy. UserError for an incomplete group."""
+        if len(imgs) % self.group_size:
+            raise common.UserError(
+                f"{len(imgs)} images do not fill groups of {self.group_size}; "
+                f"{nearest_multiple(len(imgs), self.group_size)} images would"
+            )
+        groups, num_patches = len(imgs) // self.group_size, self.encoder.num_patches
+        source = random_mixing(groups, self.group_size, num_patches, imgs.device)
+        patches = common.patchify(imgs, self.encoder.patch_size)
+        tokens, accuracy = self.encode(patches, source)
+        return self.decode(tokens, source), source, tokens, accuracy
+
+    def forward(self, imgs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """imgs (B, C, H, W), B divisible by G; consecutive images make a group. -> the loss, and
+        stats: recon, homo, topk_accuracy, without gradient."""
+        pred, source, tokens, accuracy = self.predict(imgs)
+        target = common.patchify(imgs, self.encoder.patch_size)
+        recon = common.masked_mse(pred, target, ~own_patches(source, self.group_size))
+        homo = homologous_contrastive_loss(tokens[:, 1:], source, self.tau)
+        loss = recon + self.homo_weight * homo if self.homologous_loss else recon
+        stats = dict(recon=recon.detach(), homo=homo.detach(), topk_accuracy=accuracy)
+        return loss, stats
+
+
+def group_size(ratio: float) -> int:
+    """Images in a group, 1 / ratio. UserError if that is no whole number above 1."""
+    size = max(2, round(1 / ratio))
+    if abs(size * ratio - 1) > 0.01:
+        raise common.UserError(
+            f"a group of G images hides 1 - 1/G of each; not {1 - ratio:g}, but --mask-ratio "
+            f"{1 - 1 / size:.3g} (G = {size}) can be had"
+        )
+    return size
+
+
+def check_grid(encoder: common.ViT, group_size: int) -> None:
+    """UserError unless the images of a group can share the patches, two or more for each."""
+    (h, w), p = encoder.grid, encoder.patch_size
+    if h * w % group_size or h * w < 2 * group_size:
+        sides = range(1, 2 * (h + group_size))
+        possible = (n for n in sides if n * n % group_size == 0 and n * n >= 2 * group_size)
+        nearest = min(possible, key=lambda n: abs(n - h)) * p
+        raise common.UserError(
+            f"{h}x{w} = {h * w} patches cannot be shared by {group_size} images: that takes a "
+            f"multiple of {group_size}, and two for each; the nearest is --img-size {nearest}"
+        )
+
+
+# ------------------------------------------------------------------------------ training
+
+
+@torch.no_grad()
+def reconstruct(model: MixedAE, imgs: Tensor) -> dict[str, Tensor]:
+    """Rows of the reconstruction picture, label -> (N, 3, H, W) normalised images; consecutive
+    images make a group."""
+    vit, size = model.encoder, model.group_size
+    pred, source, _, _ = model.predict(imgs)
+    hidden = ~own_patches(source, size)
+    rows = common.reconstruction_rows(imgs, pred, hidden, vit.patch_size)
+    mixed = mix(common.patchify(imgs, vit.patch_size), source).repeat_interleave(size, dim=0)
+    return {
+        "input": rows.pop("input"),
+        f"mixture of {size}": common.unpatchify(mixed, vit.patch_size, vit.grid, vit.in_chans),
+        "own part of it": rows.pop("masked"),
+        **rows,
+    }
+
+
+def build(cfg: Config) -> MixedAE:
+    encoder = cfg.vit()
+    decoder = common.Decoder(encoder, cfg.decoder_dim, cfg.decoder_depth, cfg.decoder_heads)
+    return MixedAE(
+        encoder, decoder, ratio=1 - cfg.mask_ratio, tau=cfg.tau, homo_weight=cfg.homo_weight,
+        homologous_attention=cfg.homologous_attention, homologous_loss=cfg.homologous_loss,
+        segment=cfg.segment,
+    )  # fmt: skip
+
+
+@common.entry_point
+def main(cfg: Config) -> None:
+    run = common.Run(cfg)
+    model = build(cfg).to(run.device)
+    size = model.group_size
+    parts = run.world * cfg.accumulate * size
+    if cfg.batch_size % parts:
+        raise common.UserError(
+            f"--batch-size {cfg.batch_size} is not divisible by {run.world} processes x "
+            f"--accumulate {cfg.accumulate} x groups of {size}; the nearest is "
+            f"{nearest_multiple(cfg.batch_size, parts)}"
+        )
+    if cfg.init_from:
+        common.init_from(cfg.init_from, model.encoder, model.decoder)
+    optimizer = common.adamw(model, cfg.weight_decay)
+
+    train, val = common.pretraining_images(cfg, run.device)
+    loader = common.TrainLoader(train, cfg, run, cfg.img_size)
+    shown = val if val and len(val) >= size else train
+    limit = max(1, 8 // size) * size
+    pictures = common.eval_batches(shown, cfg.img_size, run.device, limit=limit, share=False)
+    examples, _ = next(pictures)
+    examples = examples[: len(examples) // size * size]
+    picture = functools.partial(reconstruct, model, examples)
+    run.start(loader, val, model=model, optimizer=optimizer)
+    ddp = run.wrap(model)
+    for _ in run.epochs():
+        for micro_batches in run.steps():
+            run.set_lr(optimizer)
+            for imgs, _ in micro_batches:
+                with run.forward(ddp):
+                    loss, stats = ddp(imgs)
+                run.backward(loss)
+                run.log(loss=loss, **stats)
+            run.update(optimizer)
+        run.end_epoch(model.encoder, picture)
+    run.finish()
+
+
+if __name__ == "__main__":
+    main(common.parse(Config, PRESETS))

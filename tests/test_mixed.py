@@ -1,0 +1,503 @@
+"""MixedAE: each part against a slow version of its equation, then runs of the script."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT, TINY, run_script
+from PIL import Image
+from torch.nn import functional as F
+
+import common
+import eval_linear
+import mixed_ae
+from common import UserError
+
+SMALL = ["--depth", "2", "--decoder-dim", "16", "--decoder-depth", "1", "--decoder-heads", "2"]
+SWITCHES = ["--no-homologous-attention", "--no-homologous-loss", "--no-segment"]
+
+
+def train(out, data, *flags):
+    flags = [str(f) for f in (*TINY, *SMALL, "--out", out, "--data", data, *flags)]
+    mixed_ae.main(common.parse(mixed_ae.Config, mixed_ae.PRESETS, flags))
+
+
+def model_of(size=2, channels=3, img_size=16, depth=3, **options):
+    """L = 16 patches, G = `size`."""
+    torch.manual_seed(0)
+    vit = common.ViT(img_size, 4, channels, embed_dim=24, depth=depth, num_heads=3)
+    model = mixed_ae.MixedAE(vit, common.Decoder(vit, 16, 2, 2), ratio=1 / size, **options)
+    with torch.no_grad():  # cls and biases that are not 0 would otherwise hide mistakes
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+def queries(dtype=torch.float32, batch=2, heads=3, length=17, dim=5):
+    torch.manual_seed(1)
+    return [torch.randn(batch, heads, length, dim).to(dtype).requires_grad_() for _ in range(3)]
+
+
+# ------------------------------------------------------------------------------ mixing
+
+
+@pytest.mark.parametrize("length, size", [(64, 2), (64, 4), (64, 8), (64, 16), (64, 32), (64, 64),
+                                          (196, 2), (196, 4), (196, 7), (12, 3), (6, 6)])
+def test_every_image_has_exactly_its_share_of_the_mixture(length, size):
+    source = mixed_ae.random_mixing(50, size, length)
+    assert source.shape == (50, length) and source.dtype == torch.int64
+    for row in source.tolist():
+        assert [row.count(i) for i in range(size)] == [length // size] * size
+
+
+def test_the_assignment_is_uniform_and_repeatable():
+    source = mixed_ae.random_mixing(20000, 4, 16, generator=common.seeded("a"))
+    share = F.one_hot(source, 4).double().mean(dim=0)  # of each image at each place
+    assert (share - 0.25).abs().max() < 0.015
+    equal = (source[:, :, None] == source[:, None]).double().mean(dim=0)
+    expected = torch.full((16, 16), 3 / 15, dtype=torch.double).fill_diagonal_(1)
+    assert (equal - expected).abs().max() < 0.015
+    assert torch.equal(source, mixed_ae.random_mixing(20000, 4, 16, generator=common.seeded("a")))
+    assert not torch.equal(source[0], source[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [2, 4])
+def test_mix_and_unmix_equal_loops(size, dtype):
+    groups, length, dim = 3, 8, 5
+    tokens = torch.randn(groups * size, length, dim).to(dtype)
+    source, mask_token = mixed_ae.random_mixing(groups, size, length), torch.randn(dim)
+    mixed = mixed_ae.mix(tokens, source)
+    back = mixed_ae.unmix(mixed, source, mask_token, size)
+    own = mixed_ae.own_patches(source, size)
+    assert mixed.dtype == back.dtype == dtype and back.shape == tokens.shape
+    for g in range(groups):
+        for place in range(length):
+            i = int(source[g, place])
+            assert torch.equal(mixed[g, place], tokens[g * size + i, place])
+            for j in range(size):
+                expected = tokens[g * size + i, place] if i == j else mask_token.to(dtype)
+                assert torch.equal(back[g * size + j, place], expected)
+                assert own[g * size + j, place] == (i == j)
+
+
+def test_the_gradient_of_unmix_reaches_each_token_once_and_the_mask_token_elsewhere():
+    source = mixed_ae.random_mixing(3, 4, 8)
+    mixed, mask_token = torch.randn(3, 8, 5, requires_grad=True), torch.zeros(5, requires_grad=True)
+    weight = torch.randn(12, 8, 5)
+    (mixed_ae.unmix(mixed, source, mask_token, 4) * weight).sum().backward()
+    torch.testing.assert_close(mixed.grad, mixed_ae.mix(weight, source))
+    hidden = ~mixed_ae.own_patches(source, 4)
+    torch.testing.assert_close(mask_token.grad, weight[hidden].sum(dim=0))
+
+
+# ------------------------------------------------------------------------------ attention
+
+
+def slow_attention(q, k, v, topk, keep=None):
+    """Query by query, a softmax over the kept keys alone."""
+    out = []
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            for i in range(q.shape[2]):
+                logits = [(q[b, h, i] * key).sum() / math.sqrt(q.shape[3]) for key in k[b, h]]
+                keys = list(range(len(logits)))
+                if keep is not None:
+                    keys = keep[b, h, i].nonzero()[:, 0].tolist()
+                elif i > 0:
+                    keys = [0, *sorted(keys[1:], key=lambda j: -logits[j].item())[:topk]]
+                weight = torch.stack([logits[j] for j in keys]).softmax(dim=0)
+                out.append(sum(w * v[b, h, j] for w, j in zip(weight, keys, strict=True)))
+    return torch.stack(out).view_as(q)
+
+
+@pytest.mark.parametrize("topk", [1, 4, 8, 16])
+def test_homologous_attention_and_its_gradients_equal_loops(topk):
+    q, k, v = queries()
+    weight = torch.randn_like(q)
+    results = []
+    for attend in (mixed_ae.homologous_attention, slow_attention):
+        out = attend(q, k, v, topk)
+        gradients = torch.autograd.grad((out * weight).sum(), (q, k, v))
+        results.append([out, *gradients])
+    for fast, slow in zip(*results, strict=True):
+        torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_homologous_attention_in_half_precision(autocast):
+    """Where rounding makes products equal, still exactly K keys, none of them clearly worse."""
+    q, k, v = queries(torch.float32 if autocast else torch.bfloat16, length=65, dim=16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        keep = mixed_ae.topk_keys(q, k, 16)
+        out = mixed_ae.homologous_attention(q, k, v, 16)
+    assert out.dtype == torch.bfloat16
+    assert (keep[:, :, 1:, 1:].sum(dim=3) == 16).all()
+    assert keep[:, :, 0].all() and keep[:, :, :, 0].all()
+    q, k, v = (x.detach().bfloat16().float() for x in (q, k, v))
+    products, chosen = (q @ k.transpose(2, 3))[:, :, 1:, 1:], keep[:, :, 1:, 1:]
+    worst = products.masked_fill(~chosen, torch.inf).amin(dim=3)
+    best_dropped = products.masked_fill(chosen, -torch.inf).amax(dim=3)
+    assert (best_dropped <= worst + 0.01 * worst.abs()).all()
+    torch.testing.assert_close(out.float(), slow_attention(q, k, v, 16, keep), atol=0.02, rtol=0.02)
+
+
+def test_with_all_keys_it_is_ordinary_attention():
+    q, k, v = queries()
+    ordinary = (q @ k.transpose(2, 3) / math.sqrt(5)).softmax(dim=3) @ v
+    torch.testing.assert_close(mixed_ae.homologous_attention(q, k, v, 16), ordinary)
+
+
+def test_a_dropped_key_has_no_influence_and_no_gradient():
+    q, k, v = queries(batch=1, heads=1)
+    keep = mixed_ae.topk_keys(q, k, 4)[0, 0]
+    out = mixed_ae.homologous_attention(q, k, v, 4)
+    for i in (1, 7):
+        for x in torch.autograd.grad(out[0, 0, i].sum(), (k, v), retain_graph=True):
+            assert torch.equal(x[0, 0].abs().sum(dim=1) > 0, keep[i])
+
+
+def test_topk_accuracy_equals_a_count_and_its_extremes():
+    source = mixed_ae.random_mixing(2, 4, 16)
+    q, k, _ = queries()
+    hits = total = 0
+    for b in range(2):
+        for h in range(3):
+            for i in range(16):
+                products = [(q[b, h, 1 + i] @ k[b, h, 1 + j]).item() for j in range(16)]
+                for j in sorted(range(16), key=lambda j: -products[j])[:4]:
+                    hits, total = hits + int(source[b, i] == source[b, j]), total + 1
+    accuracy = mixed_ae.topk_accuracy(q, k, source, 4)
+    assert accuracy.item() == pytest.approx(hits / total) and not accuracy.requires_grad
+    alike = F.pad(F.one_hot(source, 4).float()[:, None], (0, 0, 1, 0))
+    assert mixed_ae.topk_accuracy(alike, alike, source, 4) == 1
+    assert mixed_ae.topk_accuracy(alike, -alike, source, 4) == 0
+    q, k, _ = queries(batch=100)
+    chance = mixed_ae.topk_accuracy(q, k, mixed_ae.random_mixing(100, 4, 16), 4).item()
+    assert chance == pytest.approx(0.25, abs=0.02)
+
+
+# ------------------------------------------------------------------------------ losses
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [2, 4])
+def test_homologous_contrastive_loss_equals_loops(size, dtype):
+    torch.manual_seed(0)
+    z, tau = torch.randn(3, 8, 6).to(dtype), 0.25
+    source = mixed_ae.random_mixing(3, size, 8)
+    terms = []
+    for g in range(3):
+        for place in range(8):
+            others = [a for a in range(8) if a != place]
+            row = z[g].float()
+            cosine = [F.cosine_similarity(row[place], row[a], dim=0) for a in others]
+            total = sum(math.exp(c / tau) for c in cosine)
+            positive = [math.log(math.exp(c / tau) / total)
+                        for c, a in zip(cosine, others, strict=True)
+                        if source[g, a] == source[g, place]]  # fmt: skip
+            terms.append(-sum(positive) / len(positive))
+    expected = pytest.approx(sum(terms) / len(terms), rel=1e-5)
+    assert mixed_ae.homologous_contrastive_loss(z, source, tau).item() == expected
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mixed_ae.homologous_contrastive_loss(z, source, tau).item() == expected
+
+
+def test_the_contrastive_loss_knows_directions_only():
+    z, source = torch.randn(3, 8, 6), mixed_ae.random_mixing(3, 2, 8)
+    longer = z * (1 + 9 * torch.rand(3, 8, 1))
+    torch.testing.assert_close(mixed_ae.homologous_contrastive_loss(longer, source, 0.25),
+                               mixed_ae.homologous_contrastive_loss(z, source, 0.25))
+    same = mixed_ae.homologous_contrastive_loss(torch.ones(3, 8, 6), source, 0.25)
+    assert same.item() == pytest.approx(math.log(7))
+
+
+# ------------------------------------------------------------------------------ the model
+
+
+def slow_tokens(model, imgs, source, topk):
+    """Every image embedded, positions added, then mixed; blocks with the slow attention."""
+    vit, size = model.encoder, model.group_size
+    whole = F.conv2d(imgs, vit.patch_embed.proj.weight, vit.patch_embed.proj.bias, stride=4)
+    whole = whole.flatten(2).transpose(1, 2) + vit.pos_embed[:, 1:]
+    rows = []
+    for g in range(len(source)):
+        row = [vit.cls_token[0, 0] + vit.pos_embed[0, 0]]
+        for place, i in enumerate(source[g].tolist()):
+            row.append(whole[g * size + i, place] + model.segment.weight[i])
+        rows.append(torch.stack(row))
+    x = torch.stack(rows)
+    for number, block in enumerate(vit.blocks):
+        q, k, v = block.attn.qkv(block.norm1(x)).chunk(3, dim=2)
+        q, k, v = (y.unflatten(2, (3, 8)).transpose(1, 2) for y in (q, k, v))
+        out = slow_attention(q, k, v, topk if number > 0 else 10**6)
+        x = x + block.attn.proj(out.transpose(1, 2).flatten(2))
+        x = x + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x))))
+    return vit.norm(x)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_encoder_equals_a_slow_one_that_mixes_embedded_tokens(size):
+    model = model_of(size)
+    imgs, source = torch.randn(2 * size, 3, 16, 16), mixed_ae.random_mixing(2, size, 16)
+    tokens, accuracy = model.encode(common.patchify(imgs, 4), source)
+    slow = slow_tokens(model, imgs, source, topk=16 // size)
+    torch.testing.assert_close(tokens, slow, atol=1e-4, rtol=1e-4)
+    # And the monitor is that of the last block: were its keys those of the own image, it were 1.
+    assert 0 < accuracy < 1
+    dense = slow_tokens(model, imgs, source, topk=16)
+    assert (dense - slow).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_losses_are_those_of_all_images_over_their_hidden_patches(size, monkeypatch):
+    model, imgs = model_of(size), torch.randn(2 * size, 3, 16, 16)
+    source = mixed_ae.random_mixing(2, size, 16)
+    monkeypatch.setattr(mixed_ae, "random_mixing", lambda *args: source)
+    loss, stats = model(imgs)
+    pred, _, tokens, _ = model.predict(imgs)
+    errors = []
+    for n, img in enumerate(imgs):
+        for place in range(16):
+            if source[n // size, place] == n % size:
+                continue
+            y, x = divmod(place, 4)
+            target = img[:, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4].permute(1, 2, 0).flatten()
+            target = (target - target.mean()) / (target.var() + 1e-6).sqrt()
+            errors.append((pred[n, place] - target).square().mean())
+    assert len(errors) == 2 * size * (16 - 16 // size)
+    torch.testing.assert_close(stats["recon"], sum(errors) / len(errors))
+    homo = mixed_ae.homologous_contrastive_loss(tokens[:, 1:], source, 0.25)
+    torch.testing.assert_close(stats["homo"], homo)
+    torch.testing.assert_close(loss, stats["recon"] + 0.1 * stats["homo"])
+    assert loss.requires_grad and not any(x.requires_grad for x in stats.values())
+
+
+def test_a_hidden_patch_is_never_seen_and_groups_do_not_touch(monkeypatch):
+    model, imgs = model_of(2), torch.randn(4, 3, 16, 16)
+    source = mixed_ae.random_mixing(2, 2, 16)
+    monkeypatch.setattr(mixed_ae, "random_mixing", lambda *args: source)
+    before, *_ = model.predict(imgs)
+
+    def change(image, place):
+        other = imgs.clone()
+        y, x = divmod(place, 4)
+        other[image, :, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4] += 1
+        after, *_ = model.predict(other)
+        return (after - before).abs().amax(dim=(1, 2)) > 1e-6  # which images change
+
+    mine = int((source[0] == 0).nonzero()[0])
+    assert not change(1, mine).any()
+    assert change(0, mine).tolist() == [True, True, False, False]
+    mine = int((source[1] == 1).nonzero()[0])
+    assert change(3, mine).tolist() == [False, False, True, True]
+
+
+def test_without_the_switches_it_is_naive_mixing(monkeypatch):
+    """The mixed picture through the ordinary ViT, then MAE's decoder, once for each image."""
+    options = dict(homologous_attention=False, homologous_loss=False, segment=False)
+    model, imgs = model_of(4, **options), torch.randn(8, 3, 16, 16)
+    source = mixed_ae.random_mixing(2, 4, 16)
+    monkeypatch.setattr(mixed_ae, "random_mixing", lambda *args: source)
+    loss, stats = model(imgs)
+    assert torch.equal(loss, stats["recon"]) and model.segment is None
+
+    losses = []
+    for g in range(2):
+        place = source[g].view(1, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
+        mixed = sum(imgs[4 * g + i] * (place[0] == i) for i in range(4))
+        tokens = model.encoder(mixed[None])
+        for i in range(4):
+            visible = (source[g] == i).nonzero().T
+            kept = torch.cat([tokens[:, :1], tokens[:, 1:][:, visible[0]]], dim=1)
+            pred = model.decoder(kept, visible)
+            target = common.patchify(imgs[4 * g + i][None], 4)
+            losses.append(common.masked_mse(pred, target, source[g][None] != i))
+    torch.testing.assert_close(loss, sum(losses) / 8)
+
+
+@pytest.mark.parametrize("channels, size", [(1, 2), (3, 4), (5, 4)])
+def test_gradients_reach_every_parameter_but_the_positions(channels, size):
+    model = model_of(size, channels, img_size=(16, 32))
+    model(torch.randn(2 * size, channels, 16, 32))[0].backward()
+    for name, p in model.named_parameters():
+        assert (p.grad is None) == name.endswith("pos_embed"), name
+        assert p.grad is None or (p.grad.isfinite().all() and p.grad.abs().max() > 0), name
+
+
+def test_each_switch_changes_what_it_names_alone():
+    imgs, results = torch.randn(8, 3, 16, 16), {}
+    for name in ("homologous_attention", "homologous_loss", "segment", None):
+        model = model_of(4, **{name: False} if name else {})
+        if name == "segment":  # the same weights but for it
+            model.load_state_dict({k: v for k, v in model_of(4).state_dict().items()
+                                   if "segment" not in k})  # fmt: skip
+        torch.manual_seed(0)
+        results[name] = model(imgs)
+    loss, full = results.pop(None)
+    assert results["homologous_loss"][1] == full  # the number is still logged
+    assert results["homologous_loss"][0] == full["recon"] != loss
+    for name in ("homologous_attention", "segment"):
+        assert abs(results[name][1]["recon"] - full["recon"]) > 1e-4, name
+
+
+def test_patches_learn_to_recognise_their_image():
+    """To the loss's minimum: the other 7 of 8 patches of two images at cosine 1, the rest at -1."""
+    torch.manual_seed(0)
+    imgs = torch.randn(16, 3, 1, 1) + 0.3 * torch.randn(16, 3, 16, 16)
+    vit = common.ViT(16, 4, embed_dim=48, depth=2, num_heads=3)
+    model = mixed_ae.MixedAE(vit, common.Decoder(vit, 24, 1, 2), ratio=0.5, homo_weight=1.0)
+    optimizer, history = common.adamw(model, 0.0, lr=3e-3), []
+    for _ in range(100):
+        loss, stats = model(imgs)
+        history.append(stats)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    minimum = math.log(7 + 8 * math.exp(-2 / 0.25))
+    assert history[0]["homo"] > minimum + 0.15 and minimum < history[-1]["homo"] < minimum + 0.01
+    assert history[-1]["recon"] < 0.2 * history[0]["recon"]
+
+
+# ------------------------------------------------------------------------------ runs
+
+
+def metrics(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder) -> dict:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
+
+
+def test_the_imagenet_preset_is_the_published_recipe():
+    cfg = common.parse(mixed_ae.Config, mixed_ae.PRESETS, ["--preset", "imagenet"])
+    assert (cfg.size, cfg.img_size, cfg.patch_size, cfg.mask_ratio) == ("base", 224, 16, 0.75)
+    assert (cfg.decoder_dim, cfg.decoder_depth, cfg.decoder_heads) == (512, 8, 16)
+    assert (cfg.epochs, cfg.warmup_epochs, cfg.batch_size) == (800, 40, 1024)
+    assert (cfg.base_lr, cfg.lr, cfg.weight_decay, cfg.clip_grad) == (1.5e-4, None, 0.05, None)
+    assert (cfg.min_crop, cfg.tau, cfg.homo_weight) == (0.2, 0.25, 0.1)
+    with torch.device("meta"):
+        model = mixed_ae.build(cfg)
+    assert (model.group_size, model.topk, model.plain_blocks) == (4, 49, 1)
+    assert model.homologous_attention and model.homologous_loss and model.segment is not None
+    assert (model.tau, model.homo_weight) == (0.25, 0.1)
+
+
+@pytest.mark.parametrize("flags, size", [([], 4), ([*SWITCHES, "--mask-ratio", "0.5"], 2)])
+def test_a_run_and_its_evaluation(flags, size, tmp_path, shapes_folder, capsys):
+    train(tmp_path, shapes_folder, "--epochs", "2", "--knn-every", "1", *flags)
+    for line in metrics(tmp_path):
+        assert 0 < line["topk_accuracy"] < 1 and {"knn", "lr"} <= line.keys()
+        expected = line["recon"] + (0 if flags else 0.1 * line["homo"])
+        assert line["loss"] == pytest.approx(expected, rel=1e-5)
+    with Image.open(tmp_path / "recon_0002.png") as picture:
+        assert picture.width > 8 * 90 and picture.height > 5 * 90
+
+    encoder, whole = (common.load_encoder(tmp_path / f"{x}.pt") for x in ("encoder", "checkpoint"))
+    imgs, model = torch.randn(2, 3, 16, 16), weights(tmp_path)
+    assert torch.equal(encoder(imgs), whole(imgs)) and ("segment.weight" in model) == (not flags)
+    plain = common.ViT(16, 4, embed_dim=192, depth=2, num_heads=3)
+    plain.load_state_dict({k[8:]: v for k, v in model.items() if k.startswith("encoder.")})
+    assert torch.equal(encoder(imgs), plain(imgs))
+    eval_linear.main(common.parse(eval_linear.Config, {}, [str(tmp_path), "--mode", "knn"]))
+    assert "kNN" in capsys.readouterr().out
+    train(tmp_path / "next", shapes_folder, "--epochs", "1", "--init-from",
+          tmp_path / "checkpoint.pt", *flags)  # fmt: skip
+
+
+def test_stopped_and_resumed_equals_uninterrupted(tmp_path, shapes_folder):
+    flags = ["--epochs", "3", "--accumulate", "2"]
+    train(tmp_path / "whole", shapes_folder, *flags)
+    for steps in ("3", "5", "12"):
+        train(tmp_path / "parts", shapes_folder, *flags, "--steps", steps)
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_two_processes_equal_one(tmp_path, shapes_folder):
+    flags = ["--epochs", "2", "--data", shapes_folder, *TINY, *SMALL, "--out", tmp_path / "two"]
+    done = run_script(ROOT / "mixed_ae.py", *flags, torchrun=2, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    train(tmp_path / "one", shapes_folder, "--epochs", "2", "--accumulate", "2")
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in a:  # where a gradient is tiny, Adam shows the order of a sum
+        torch.testing.assert_close(b[name], a[name], atol=2e-4, rtol=0, msg=name)
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        for name in ("loss", "recon", "homo", "topk_accuracy"):
+            assert two[name] == pytest.approx(one[name], rel=1e-3), name
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains(precision, tmp_path, shapes_folder):
+    train(tmp_path, shapes_folder, "--epochs", "2", "--precision", precision)
+    assert metrics(tmp_path)[-1]["recon"] < 2
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_it_computes_the_same(monkeypatch):
+    model, imgs = model_of(4, depth=2), torch.randn(8, 3, 16, 16)
+    source = mixed_ae.random_mixing(2, 4, 16)  # compiled code draws other numbers
+    monkeypatch.setattr(mixed_ae, "random_mixing", lambda *args: source)
+    (loss, stats), _ = model(imgs), model.compile()
+    compiled, compiled_stats = model(imgs)
+    gradients = [torch.autograd.grad(x, model.segment.weight)[0] for x in (loss, compiled)]
+    torch.testing.assert_close((compiled, compiled_stats), (loss, stats))
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-3)
+
+
+def test_real_images_learn(cifar_folder, tmp_path):
+    flags = ["--preset", "cifar", "--data", str(cifar_folder), "--depth", "2", "--device", "cpu",
+             "--decoder-depth", "1", "--batch-size", "64", "--steps", "60", "--epochs", "5",
+             "--warmup-epochs", "0.25", "--lr", "4e-4", "--out", str(tmp_path)]  # fmt: skip
+    mixed_ae.main(common.parse(mixed_ae.Config, mixed_ae.PRESETS, flags))
+    line, = metrics(tmp_path)
+    assert 0.5 < line["recon"] < 1.3 and 0.2 < line["topk_accuracy"] < 0.4
+
+
+# ------------------------------------------------------------------------------ mistakes
+
+
+def test_bad_numbers_are_named_with_the_nearest_that_would_do():
+    with pytest.raises(UserError, match=r"49 patches .* by 4 images; 48 patches"):
+        mixed_ae.random_mixing(1, 4, 49)
+    with pytest.raises(UserError, match="6 images do not fill groups of 4; 8 images"):
+        model_of(4)(torch.randn(6, 3, 16, 16))
+    with pytest.raises(UserError, match="7 images do not fill 2 groups; 8 images"):
+        mixed_ae.mix(torch.randn(7, 16, 3), mixed_ae.random_mixing(2, 4, 16))
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--img-size", "28"], "7x7 = 49 patches cannot be shared by 4 images: that takes a multiple "
+                           "of 4, and two for each; the nearest is --img-size 24"),
+    (["--img-size", "8"], "2x2 = 4 patches cannot be shared by 4 images: that takes a multiple of "
+                          "4, and two for each; the nearest is --img-size 16"),
+    (["--mask-ratio", "0.7"], "not 0.7, but --mask-ratio 0.667 (G = 3) can be had"),
+    (["--mask-ratio", "0.1"], "not 0.1, but --mask-ratio 0.5 (G = 2) can be had"),
+    (["--batch-size", "30"], "--batch-size 30 is not divisible by 1 processes x --accumulate 1 x "
+                             "groups of 4; the nearest is 32"),
+    (["--batch-size", "34", "--accumulate", "3"], "groups of 4; the nearest is 36"),
+    (["--tau", "0"], "--tau must be above 0"),
+    (["--homo-weight", "-1"], "--homo-weight must be at least 0"),
+    (["--decoder-heads", "5"], "decoder width 64 is not divisible by 5 heads"),
+])  # fmt: skip
+def test_mistakes_are_one_line_and_leave_nothing(flags, message, tmp_path, capsys):
+    arguments = ["--out", str(tmp_path / "run"), *flags]
+    with pytest.raises(SystemExit) as end:
+        mixed_ae.main(common.parse(mixed_ae.Config, mixed_ae.PRESETS, arguments))
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and message in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_that_do_not_fill_a_batch_are_left_out_and_a_small_val_split_will_do(
+    tmp_path, shapes_folder, capsys
+):
+    shutil.copytree(shapes_folder, tmp_path / "data")
+    for path in sorted((tmp_path / "data" / "val").rglob("*.png"))[3:]:
+        path.unlink()
+    train(tmp_path / "run", tmp_path / "data", "--epochs", "1", "--batch-size", "24")
+    assert "64 images, 2 steps an epoch (16 images left over)" in capsys.readouterr().out
+    assert (tmp_path / "run" / "recon_0001.png").exists()
