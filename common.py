@@ -145,12 +145,14 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
+    def heads(self, x: Tensor) -> list[Tensor]:
+        """(B, n, D) -> queries, keys and values, each (B, heads, n, D / heads)."""
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).unbind(2)
+        return [y.transpose(1, 2) for y in qkv]
+
     def forward(self, x: Tensor, attend=F.scaled_dot_product_attention) -> Tensor:
-        """`attend`: from queries, keys and values, each (B, heads, n, d / heads), to outputs."""
-        b, n, d = x.shape
-        qkv = self.qkv(x).view(b, n, 3, self.num_heads, -1).unbind(2)
-        x = attend(*(y.transpose(1, 2) for y in qkv))
-        return self.proj(x.transpose(1, 2).reshape(b, n, d))
+        """`attend`: from queries, keys and values to outputs like the queries."""
+        return self.proj(attend(*self.heads(x)).transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):

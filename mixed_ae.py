@@ -101,6 +101,30 @@ def nearest_multiple(number: int, factor: int) -> int:
     return max(factor, round(number / factor) * factor)
 
 
+def group_size_of(ratio: float) -> int:
+    """Images in a group, 1 / ratio. UserError if that is no whole number above 1."""
+    size = max(2, round(1 / ratio))
+    if abs(size * ratio - 1) > 0.01:
+        raise common.UserError(
+            f"a group of G images hides 1 - 1/G of each; not {1 - ratio:g}, but --mask-ratio "
+            f"{1 - 1 / size:.3g} (G = {size}) can be had"
+        )
+    return size
+
+
+def check_grid(encoder: common.ViT, group_size: int) -> None:
+    """UserError unless the images of a group can share the patches, two or more for each."""
+    (h, w), p = encoder.grid, encoder.patch_size
+    if h * w % group_size or h * w < 2 * group_size:
+        sides = range(1, 2 * (h + group_size))
+        possible = (n for n in sides if n * n % group_size == 0 and n * n >= 2 * group_size)
+        nearest = min(possible, key=lambda n: abs(n - h)) * p
+        raise common.UserError(
+            f"{h}x{w} = {h * w} patches cannot be shared by {group_size} images: that takes a "
+            f"multiple of {group_size}, and two for each; the nearest is --img-size {nearest}"
+        )
+
+
 def random_mixing(groups: int, group_size: int, num_patches: int, device=None, generator=None):
     """source (groups, L) int64 in 0..group_size-1: the image that patch l of the mixture is of.
     Uniformly random among the assignments that give each image exactly L / group_size patches.
@@ -194,35 +218,30 @@ class MixedAE(nn.Module):
                  tau: float = 0.25, homo_weight: float = 0.1, homologous_attention: bool = True,
                  homologous_loss: bool = True, segment: bool = True, plain_blocks: int = 1):
         super().__init__()
-        self.encoder, self.decoder, self.group_size = encoder, decoder, group_size(ratio)
+        self.encoder, self.decoder, self.group_size = encoder, decoder, group_size_of(ratio)
+        check_grid(encoder, self.group_size)
         self.tau, self.homo_weight, self.plain_blocks = tau, homo_weight, plain_blocks
         self.homologous_attention, self.homologous_loss = homologous_attention, homologous_loss
         self.segment = nn.Embedding(self.group_size, encoder.embed_dim) if segment else None
         if segment:
             nn.init.normal_(self.segment.weight, std=0.02)
-        check_grid(encoder, self.group_size)
         self.topk = encoder.num_patches // self.group_size
 
     def encode(self, patches: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
         """patches (groups*G, L, p*p*C), source (groups, L) -> tokens (groups, 1+L, D) after the
         norm, and the last block's topk_accuracy."""
-        vit, accuracy = self.encoder, []
+        vit = self.encoder
         mixed = common.unpatchify(mix(patches, source), vit.patch_size, vit.grid, vit.in_chans)
         x = vit.embed(mixed)
         if self.segment is not None:
             x = x + F.pad(self.segment(source), (0, 0, 1, 0))  # nothing for cls
-        attentions = [F.scaled_dot_product_attention] * len(vit.blocks)
-        if self.homologous_attention:
-            sparse = functools.partial(homologous_attention, topk=self.topk)
-            attentions[self.plain_blocks :] = [sparse] * (len(vit.blocks) - self.plain_blocks)
-
-        def watched(q, k, v):
-            accuracy.append(topk_accuracy(q, k, source, self.topk))
-            return attentions[-1](q, k, v)
-
-        for block, attend in zip(vit.blocks, [*attentions[:-1], watched], strict=True):
-            x = block(x, attend)
-        return vit.norm(x), accuracy[0]
+        homologous = functools.partial(homologous_attention, topk=self.topk)
+        for i, block in enumerate(vit.blocks):
+            ordinary = i < self.plain_blocks or not self.homologous_attention
+            before, x = x, block(x) if ordinary else block(x, homologous)
+        with torch.no_grad():  # not before the block: autocast would keep weights without gradient
+            q, k, _ = block.attn.heads(block.norm1(before))
+        return vit.norm(x), topk_accuracy(q, k, source, self.topk)
 
     def decode(self, tokens: Tensor, source: Tensor) -> Tensor:
         """tokens (groups, 1+L, D), source (groups, L) -> (groups*G, L, p*p*C), every patch of all
@@ -256,30 +275,6 @@ class MixedAE(nn.Module):
         loss = recon + self.homo_weight * homo if self.homologous_loss else recon
         stats = dict(recon=recon.detach(), homo=homo.detach(), topk_accuracy=accuracy)
         return loss, stats
-
-
-def group_size(ratio: float) -> int:
-    """Images in a group, 1 / ratio. UserError if that is no whole number above 1."""
-    size = max(2, round(1 / ratio))
-    if abs(size * ratio - 1) > 0.01:
-        raise common.UserError(
-            f"a group of G images hides 1 - 1/G of each; not {1 - ratio:g}, but --mask-ratio "
-            f"{1 - 1 / size:.3g} (G = {size}) can be had"
-        )
-    return size
-
-
-def check_grid(encoder: common.ViT, group_size: int) -> None:
-    """UserError unless the images of a group can share the patches, two or more for each."""
-    (h, w), p = encoder.grid, encoder.patch_size
-    if h * w % group_size or h * w < 2 * group_size:
-        sides = range(1, 2 * (h + group_size))
-        possible = (n for n in sides if n * n % group_size == 0 and n * n >= 2 * group_size)
-        nearest = min(possible, key=lambda n: abs(n - h)) * p
-        raise common.UserError(
-            f"{h}x{w} = {h * w} patches cannot be shared by {group_size} images: that takes a "
-            f"multiple of {group_size}, and two for each; the nearest is --img-size {nearest}"
-        )
 
 
 # ------------------------------------------------------------------------------ training

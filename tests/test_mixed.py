@@ -318,10 +318,12 @@ def test_without_the_switches_it_is_naive_mixing(monkeypatch):
     torch.testing.assert_close(loss, sum(losses) / 8)
 
 
-@pytest.mark.parametrize("channels, size", [(1, 2), (3, 4), (5, 4)])
-def test_gradients_reach_every_parameter_but_the_positions(channels, size):
+@pytest.mark.parametrize("channels, size, autocast", [(1, 2, False), (3, 4, True), (5, 4, False)])
+def test_gradients_reach_every_parameter_but_the_positions(channels, size, autocast):
     model = model_of(size, channels, img_size=(16, 32))
-    model(torch.randn(2 * size, channels, 16, 32))[0].backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss, _ = model(torch.randn(2 * size, channels, 16, 32))
+    loss.backward()
     for name, p in model.named_parameters():
         assert (p.grad is None) == name.endswith("pos_embed"), name
         assert p.grad is None or (p.grad.isfinite().all() and p.grad.abs().max() > 0), name

@@ -416,7 +416,7 @@ SCRIPTS = {"mae_perceptual": mae_perceptual, "mixed_ae": mixed_ae, "eval_linear"
 
 
 def commands_in(text: str) -> list[list[str]]:
-    text = text.replace("\\\n", " ")
+    text = re.sub(r"\\+\n", " ", text)  # in a docstring the backslash is doubled
     script = rf"(?:{'|'.join(SCRIPTS)})\.py"
     lines = re.findall(rf"(?:python|torchrun)\S* [^\n#|]*?{script}[^\n#`|&]*", text)
     return [shlex.split(line) for line in lines]
