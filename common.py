@@ -473,12 +473,13 @@ def _paint(x: Tensor, y: Tensor, hue: Tensor, value: Tensor, t: Tensor) -> Tenso
     return torch.lerp(one * value, 0.25 + 0.6 * two * value, mix)
 
 
-def sample_crops(count: int, height: int, width: int, scale, ratio=(3 / 4, 4 / 3), device=None,
-                 generator=None) -> Tensor:
+def sample_crops(count: int, height: int, width: int, scale, ratio=(3 / 4, 4 / 3),
+                 place=None) -> Tensor:
     """RandomResizedCrop boxes (count, 4) int64, columns top, left, h, w in pixels, distributed as
     torchvision's get_params: area uniform in `scale`, aspect log-uniform in `ratio`, the first of
-    10 tries that fits, else the largest central crop within `ratio`."""
-    u = torch.rand(4, count, 10, device=device, generator=generator)
+    10 tries that fits, else the largest central crop within `ratio`. place(h, w) -> top, left
+    chooses the place of crops of these sizes (count,), by default uniformly."""
+    u = torch.rand(4, count, 10)
     area = height * width * (scale[0] + (scale[1] - scale[0]) * u[0])
     aspect = torch.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * u[1])
     w, h = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
@@ -486,9 +487,9 @@ def sample_crops(count: int, height: int, width: int, scale, ratio=(3 / 4, 4 / 3
     first = fits.int().argmax(dim=1, keepdim=True)
     h, w, top, left = (x.gather(1, first)[:, 0] for x in (h, w, u[2], u[3]))
     top, left = (top * (height - h + 1)).long(), (left * (width - w + 1)).long()
-    boxes = torch.stack([top, left, h, w], dim=1)
+    boxes = torch.stack([*(place(h, w) if place else (top, left)), h, w], dim=1)
     h, w = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))
-    central = torch.tensor(((height - h) // 2, (width - w) // 2, h, w), device=device)
+    central = torch.tensor(((height - h) // 2, (width - w) // 2, h, w))
     return torch.where(fits.any(dim=1, keepdim=True), boxes, central)
 
 
@@ -617,6 +618,10 @@ def _folder_images(root: Path, split: str, device) -> Images | None:
     if not paths:
         raise UserError(f"no images under {folder} (looked for {' '.join(sorted(IMAGE_SUFFIXES))})")
     parents = [path.relative_to(folder).parts[:-1] for path in paths]
+    if (annotations := folder / "val_annotations.txt").is_file():  # Tiny-ImageNet's val/
+        lines = (line.split("\t") for line in annotations.read_text().splitlines())
+        class_of = {name: class_name for name, class_name, *_ in lines}
+        parents = [(class_of.get(path.name, f"(unknown, of {path.name})"),) for path in paths]
     labels, classes = torch.full((len(paths),), -1), []
     if has_splits and all(parents):  # every image lies in a class folder
         classes = sorted(entry.name for entry in (root / "train").iterdir() if entry.is_dir())
@@ -654,30 +659,51 @@ def _decode_all(images: Images, folder: Path, device) -> Images | None:
     return Images(images.labels[keep], images.classes, pixels.to(device))
 
 
+def _random_resized_crop(index: Tensor, height: int, width: int, min_crop: float) -> Tensor:
+    return sample_crops(len(index), height, width, (min_crop, 1.0))
+
+
 class _Decoding(torch.utils.data.Dataset):
-    """The work of loader processes: decode, `transform` (PIL -> PIL). Keys are (epoch, index), and
-    all random numbers derive from (seed, epoch, index)."""
+    """The work of loader processes: decode, then crop and flip `views` times, or `transform` once.
+    Keys are (epoch, index), and all random numbers derive from (seed, epoch, index)."""
 
-    def __init__(self, images: Images, transform, seed: int):
-        self.images, self.transform, self.seed = images, transform, seed
+    def __init__(self, images: Images, seed: int, transform=None, sample=None, size=0, views=1):
+        self.images, self.seed, self.transform = images, seed, transform
+        self.sample, self.size, self.views = sample, size, views
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, ...]:
         torch.manual_seed(random_seed("image", self.seed, *key))
         image, label = self.images.pil(key[1])
-        return v2.functional.pil_to_tensor(self.transform(image)), label
+        if self.transform:
+            views = [self.transform(image)]
+        else:
+            views = [self._crop(image, key[1]) for _ in range(self.views)]
+        return *map(v2.functional.pil_to_tensor, views), label
+
+    def _crop(self, image: Image.Image, index: int) -> Image.Image:
+        box = self.sample(torch.tensor([index]), image.height, image.width)[0].tolist()
+        image = v2.functional.resized_crop(image, *box, [self.size, self.size], BICUBIC)
+        return v2.functional.horizontal_flip(image) if torch.rand(()) < 0.5 else image
 
 
 class TrainLoader:
-    """Shuffled epochs, as micro-batches of normalised images (b, 3, size, size) and labels (b,).
+    """Shuffled epochs, as micro-batches of normalised images (b, 3, size, size) and labels (b,);
+    with `views` > 1 of so many crops of the same images, then labels.
 
     A global batch is cut into processes x accumulate micro-batches, of which number j depends on
     (seed, epoch, step, j) alone: two processes see what one with --accumulate 2 sees. Images in
     memory are cropped and flipped on the device, a batch at a time; files are decoded by workers,
     image by image, as are images in main memory if a `transform` (PIL -> PIL) is to be applied
-    instead of crop and flip. The incomplete last batch of an epoch is dropped."""
+    instead of crop and flip. The incomplete last batch of an epoch is dropped.
 
-    def __init__(self, images: Images, cfg: "TrainConfig", run: "Run", size: int, transform=None):
-        self.images, self.cfg, self.run, self.size = images, cfg, run, size
+    `sample(index (b,), height, width)` gives the crops (b, 4) of the images of these numbers, as
+    `sample_crops` does, which is the default; it draws from torch's default generator and has to be
+    picklable."""
+
+    def __init__(self, images: Images, cfg: "TrainConfig", run: "Run", size: int, transform=None,
+                 sample=None, views: int = 1):
+        self.images, self.cfg, self.run, self.size, self.views = images, cfg, run, size, views
+        self.sample = sample or functools.partial(_random_resized_crop, min_crop=cfg.min_crop)
         parts = run.world * cfg.accumulate
         self.steps, self.micro_batch = len(images) // cfg.batch_size, cfg.batch_size // parts
         if cfg.batch_size % parts:
@@ -691,21 +717,22 @@ class TrainLoader:
             )
         self.workers = None
         if images.paths is not None or transform is not None:
-            crop = v2.RandomResizedCrop(size, (cfg.min_crop, 1.0), interpolation=BICUBIC)
-            transform = transform or v2.Compose([crop, v2.RandomHorizontalFlip()])
             self.workers = torch.utils.data.DataLoader(
-                _Decoding(images, transform, cfg.seed), batch_sampler=self,
-                num_workers=cfg.workers, persistent_workers=cfg.workers > 0,
+                _Decoding(images, cfg.seed, transform, self.sample, size, views),
+                batch_sampler=self, num_workers=cfg.workers, persistent_workers=cfg.workers > 0,
                 pin_memory=run.device.type == "cuda",
             )
 
-    def batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, step: int) -> Iterator[tuple[Tensor, ...]]:
         """Micro-batches of this process, from global step `step` to the end of its epoch."""
         self.epoch, self.first = divmod(step, self.steps)
         if self.workers is None:
             return map(self._crop, self.indices())
         to = functools.partial(Tensor.to, device=self.run.device, non_blocking=True)
-        return ((normalize(to(imgs)), to(labels)) for imgs, labels in self.workers)
+        return (
+            (*(normalize(to(imgs)) for imgs in views), to(labels))
+            for *views, labels in self.workers
+        )
 
     def indices(self) -> Iterator[tuple[int, int, Tensor]]:
         """(step of the epoch, j, image indices) of this process's micro-batches."""
@@ -722,29 +749,31 @@ class TrainLoader:
         for _, _, index in self.indices():
             yield [(self.epoch, i) for i in index.tolist()]
 
-    def _crop(self, key: tuple[int, int, Tensor]) -> tuple[Tensor, Tensor]:
+    def _crop(self, key: tuple[int, int, Tensor]) -> tuple[Tensor, ...]:
         (step, j, index), device = key, self.run.device
-        g = seeded("crop", self.cfg.seed, self.epoch, step, j, device=device)
-        imgs = self.images.pixels[index.to(device)]
-        scale = (self.cfg.min_crop, 1.0)
-        boxes = sample_crops(len(imgs), *imgs.shape[2:], scale, device=device, generator=g)
-        flip = torch.rand(len(imgs), device=device, generator=g) < 0.5
-        imgs = crop_resize(imgs, boxes, self.size, flip).clamp_(0, 255)
-        return normalize(imgs), self.images.labels[index].to(device)
+        torch.manual_seed(random_seed("crop", self.cfg.seed, self.epoch, step, j))
+        imgs, views = self.images.pixels[index.to(device)], []
+        for _ in range(self.views):
+            boxes = self.sample(index, *imgs.shape[2:])
+            boxes, flip = (x.to(device) for x in (boxes, torch.rand(len(index)) < 0.5))
+            views.append(normalize(crop_resize(imgs, boxes, self.size, flip).clamp_(0, 255)))
+        return *views, self.images.labels[index].to(device)
 
 
 def eval_batches(images: Images, size: int, device, limit: int | None = None, workers: int = 0,
-                 share: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
+                 share: bool = True, squeeze: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields normalised images (b, 3, size, size) and labels (b,), in order, without augmentation:
     shorter side to size * 256/224, bicubic, then the central size x size; images of just that size
-    stay whole. At most `limit` images, evenly spaced. With several processes each gets its `share`;
-    `gather_rows` brings results together."""
+    stay whole. With `squeeze` nothing is cut off: height and width to size. At most `limit` images,
+    evenly spaced. With several processes each gets its `share`; `gather_rows` brings results
+    together."""
     index = torch.arange(len(images))
     if limit is not None and limit < len(images):
         index = torch.linspace(0, len(images) - 1, limit, dtype=torch.float64).long()
     if share and dist.is_initialized():
         index = index[dist.get_rank() :: dist.get_world_size()]
     crop = v2.Compose([v2.Resize(size * 256 // 224, interpolation=BICUBIC), v2.CenterCrop(size)])
+    crop = v2.Resize((size, size), interpolation=BICUBIC) if squeeze else crop
     if images.pixels is not None:
         whole = tuple(images.pixels.shape[2:]) == (size, size)
         for part in index.split(250):
@@ -752,7 +781,7 @@ def eval_batches(images: Images, size: int, device, limit: int | None = None, wo
             yield normalize(imgs if whole else crop(imgs)), images.labels[part].to(device)
         return
     keys = [(0, i) for i in index.tolist()]
-    decoding = _Decoding(images, crop, seed=0)
+    decoding = _Decoding(images, seed=0, transform=crop)
     loader = torch.utils.data.DataLoader(decoding, 250, sampler=keys, num_workers=workers)
     for imgs, labels in loader:
         yield normalize(imgs.to(device)), labels.to(device)

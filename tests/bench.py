@@ -4,6 +4,7 @@
     python tests/bench.py --preset imagenet --batch 64      # ViT-B/16 at 224 px, on a GPU
     python tests/bench.py --methods ls msg msg-ada          # what Perceptual MAE costs beside MAE
     python tests/bench.py --methods mixed_ae naive-mixing   # and MixedAE
+    python tests/bench.py --methods cmae cmae-one-view      # and CMAE, with and without contrast
     python tests/bench.py --decode FOLDER                   # images/s decoded and cropped by a core
 
 A training step of MAE (mae_perceptual.py --variant mae) against the same model built from timm's
@@ -26,6 +27,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import cmae
 import common
 import mae_perceptual
 import mixed_ae
@@ -36,6 +38,7 @@ except ImportError:
     timm = None
 
 ADVERSARIAL, MIXING = ("ls", "msg", "msg-ada"), ("mixed_ae", "naive-mixing")
+TWO_VIEWS = ("cmae", "cmae-one-view")
 
 
 class TimmMAE(nn.Module):
@@ -86,8 +89,12 @@ def mae_loss(model: nn.Module, imgs: torch.Tensor) -> torch.Tensor:
     return common.masked_mse(pred, common.patchify(imgs, model.patch_size), mask)
 
 
-def mixed_loss(model: nn.Module, imgs: torch.Tensor) -> torch.Tensor:
+def own_loss(model: nn.Module, imgs: torch.Tensor) -> torch.Tensor:
     return model(imgs)[0]
+
+
+def two_view_loss(model: nn.Module, imgs: torch.Tensor) -> torch.Tensor:
+    return model(imgs, cmae.change_colours(imgs), momentum=0.99)[0]
 
 
 def plain_step(model: nn.Module, loss_of, imgs: torch.Tensor):
@@ -138,7 +145,14 @@ def make_step(name: str, preset: str, batch: int, device: torch.device):
         on = name == "mixed_ae"
         switches = dict(homologous_attention=on, homologous_loss=on, segment=on)
         model = mixed_ae.build(mixed_ae.Config(**mixed_ae.PRESETS[preset], **switches))
-        return plain_step(model, mixed_loss, imgs)
+        return plain_step(model, own_loss, imgs)
+    if name in TWO_VIEWS:
+        preset = preset if preset in cmae.PRESETS else "tiny-imagenet"
+        cfg = cmae.Config(**cmae.PRESETS[preset])
+        if name == "cmae-one-view":
+            model = cmae.build(dataclasses.replace(cfg, contrastive_weight=0))
+            return plain_step(model, own_loss, imgs)
+        return plain_step(cmae.build(cfg), two_view_loss, imgs)
     model = mae_perceptual.build(dataclasses.replace(cfg, variant="mae"))
     model = TimmMAE(model) if name == "timm" else model
     model.patch_size = cfg.patch_size
@@ -165,7 +179,7 @@ def decode(folder: str, size: int = 224) -> None:
     images = common.load_images(folder, "pretrain", size)
     images = common.Images(images.labels, [], paths=images.paths or [])
     crop = common.v2.RandomResizedCrop(size, (0.2, 1.0), interpolation=common.BICUBIC)
-    decoding, count = common._Decoding(images, crop, seed=0), min(len(images), 400)
+    decoding, count = common._Decoding(images, seed=0, transform=crop), min(len(images), 400)
     begin = time.perf_counter()
     for i in range(count):
         decoding[0, i]
@@ -181,7 +195,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--decode", metavar="FOLDER")
-    parser.add_argument("--methods", nargs="+", choices=("timm", *ADVERSARIAL, *MIXING))
+    parser.add_argument("--methods", nargs="+", choices=("timm", *ADVERSARIAL, *MIXING, *TWO_VIEWS))
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.decode:

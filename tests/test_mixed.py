@@ -452,7 +452,7 @@ def test_compiled_it_computes_the_same(monkeypatch):
 
 def test_real_images_learn(cifar_folder, tmp_path):
     flags = ["--preset", "cifar", "--data", str(cifar_folder), "--depth", "2", "--device", "cpu",
-             "--decoder-depth", "1", "--batch-size", "64", "--steps", "60", "--epochs", "5",
+             "--decoder-depth", "1", "--batch-size", "32", "--steps", "50", "--epochs", "2",
              "--warmup-epochs", "0.25", "--lr", "4e-4", "--out", str(tmp_path)]  # fmt: skip
     mixed_ae.main(common.parse(mixed_ae.Config, mixed_ae.PRESETS, flags))
     line, = metrics(tmp_path)

@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, TINY, run_script, write_images
 from PIL import Image
 
+import cmae
 import common
 import eval_linear
 import mae_perceptual
@@ -401,18 +402,19 @@ def test_real_images_learn(variant, depth, term, low, high, cifar_folder, tmp_pa
     """CIFAR-10 as a user has it: the loss falls within a few dozen steps. Untrained: about 1.4
     (mae), and 1 (pix)."""
     flags = ["--preset", "cifar", "--data", str(cifar_folder), "--depth", depth, "--device", "cpu",
-             "--decoder-depth", depth, "--batch-size", "64", "--steps", "60", "--epochs", "5",
+             "--decoder-depth", depth, "--batch-size", "32", "--steps", "50", "--epochs", "2",
              "--warmup-epochs", "0.25", "--lr", "4e-4", "--variant", variant,
              "--out", str(tmp_path)]  # fmt: skip
     mae_perceptual.main(common.parse(mae_perceptual.Config, mae_perceptual.PRESETS, flags))
     metrics = json.loads((tmp_path / "metrics.jsonl").read_text())
-    assert low < metrics[term] < high and metrics["step"] == 60
+    assert low < metrics[term] < high and metrics["step"] == 50
 
 
 # ------------------------------------------------------------------------------ what we tell people
 
 
-SCRIPTS = {"mae_perceptual": mae_perceptual, "mixed_ae": mixed_ae, "eval_linear": eval_linear}
+SCRIPTS = {"mae_perceptual": mae_perceptual, "mixed_ae": mixed_ae, "cmae": cmae,
+           "eval_linear": eval_linear}  # fmt: skip
 
 
 def commands_in(text: str) -> list[list[str]]:

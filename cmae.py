@@ -1,0 +1,459 @@
+"""CMAE: a smaller decoder, tasks for the encoder itself, and crops that show the object.
+
+Mao, Yin, Chang, Zhou. Improvements to Self-Supervised Representation Learning for Masked Image
+Modeling. arXiv 2205.10546, 2022. (Not "Contrastive Masked Autoencoders", arXiv 2207.13532, which
+has the same acronym.) It adds to MAE (He et al., CVPR 2022, arXiv 2111.06377): a decoder so small
+that the encoder has to do the work; contrastive learning between two views and prediction of the
+positions of tokens, both at the encoder's output; ContrastiveCrop, so that both views have the
+object in them.
+
+    python cmae.py                                              # built-in images
+    python cmae.py --crop random --contrastive-weight 0 --position-weight 0 --decoder-depth 4 \\
+        --out runs/cmae-off                                     # all of it off: MAE
+    python cmae.py --preset cifar                               # CIFAR-10, downloaded
+    python cmae.py --preset tiny-imagenet --data tiny-imagenet-200              # one GPU
+    python cmae.py --preset tiny-imagenet-64 --data tiny-imagenet-200           # a smaller one
+    torchrun --nproc-per-node 8 cmae.py --preset tiny-imagenet --data tiny-imagenet-200
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+        cmae.py --preset tiny-imagenet --data tiny-imagenet-200
+    python eval_linear.py runs/cmae-demo --baseline             # then: is the encoder any good?
+
+TIMES
+
+Equation -> code. Views 1 and 2 of an image, the same patches hidden in both; L patches, tau 0.2.
+    L_rec   = MAE's loss of view 1 + MAE's loss of view 2                        CMAE.forward
+    q_v     = predictor(projector(cls of view v))                                CMAE.forward
+    k_v     = the same without predictor, weights m w_m + (1 - m) w              CMAE.keys
+    nce     = 2 tau CE(cos(q, k') / tau), over the k' of all images              info_nce
+    L_con   = nce(q_1, k_2) + nce(q_2, k_1)                                      CMAE.forward
+    m       = 1 - (1 - 0.99) (1 + cos(pi step / steps)) / 2                      momentum_at
+    L_pos   = CE over L classes: which patch is this token? Asked of the random
+              half of view 1's tokens that are not told their position           position_loss
+    L       = L_rec + 0.1 L_con + 0.1 L_pos                                      CMAE.forward
+    box     : attention of cls to the patches (last block, mean over heads) in 0..1, enlarged to the
+              image; first and last row and column that exceed 0.1               boxes_from_heatmaps
+    crop    : size as in RandomResizedCrop, its middle in the box: at the low side + Beta(a, a) of
+              the way to the high side, and inside the image             sample_contrastive_crop
+In metrics.jsonl: loss is L; recon is L_rec, the sum over views; contrastive and contrastive_acc,
+the share of queries whose nearest key is their image's; position, position_acc, position_chance;
+box_area, the mean share of an image that its box covers, 1 before the first update.
+
+Provenance   paper: smaller decoder, contrastive learning, position prediction, ContrastiveCrop.
+    Authors' later code (SDMAE, arXiv 2212.05677): decoder 128 x 1; colours of view 2; one mask for
+      both views; reconstruction of both; momentum network; weight 0.1; frozen random patch
+      embedding; position head, its target and --position-loss mse; the recipe of "tiny-imagenet".
+    MoCo v3: projector, predictor, loss, momentum.   Peng et al. 2022: boxes, schedule, crops.
+    MAE's paper and code: architecture, masking, reconstruction loss, initialisation.
+    Our choice: positions are predicted where they are withheld (--position-input given is SDMAE's:
+      the answer is part of the input, and the loss goes to 0 at once), by cross-entropy with weight
+      0.1; the heatmap (a sum over channels after a LayerNorm is constant); flips of both views;
+      4 decoder heads; without contrast one view and a trained patch embedding, as in MAE; presets
+      "demo", "cifar" and "tiny-imagenet-64".
+Known deviations   All processes compute the heads and the contrastive loss of all images, so that
+    BatchNorm and negatives are global; with --accumulate they are those of a micro-batch.
+"""
+
+import copy
+import functools
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.transforms import v2
+
+import common
+
+
+@dataclass
+class Config(common.Config):
+    decoder_dim: int = 128  # width of the decoder; MAE's is 512
+    decoder_depth: int = 1  # blocks of the decoder; MAE has 8
+    decoder_heads: int = 4  # attention heads of the decoder
+    crop: Literal["contrastive", "random"] = "contrastive"  # random is RandomResizedCrop
+    crop_alpha: float = 0.1  # of Beta: below 1 crops keep to the rim of the box; ImageNet 0.6
+    contrastive_weight: float = 0.1  # of the contrastive loss; 0: one view, no momentum encoder
+    position_weight: float | None = None  # of the position loss, by default 0.1 for ce, 1 for mse
+    position_loss: Literal["ce", "mse"] = "ce"  # mse: of the one-hot position, as in SDMAE
+    position_input: Literal["withheld", "given"] = "withheld"  # given: too easy, for comparison
+    tau: float = 0.2  # temperature of the contrastive loss
+    momentum: float = 0.99  # of the momentum encoder at the start; rises to 1
+    head_hidden: int = 4096  # hidden width of projector and predictor
+    head_dim: int = 256  # width in which views are compared
+
+    def check(self) -> None:
+        super().check()
+        common.check_numbers(self, 1, "decoder_dim", "decoder_depth", "decoder_heads",
+                             "head_hidden", "head_dim")  # fmt: skip
+        common.check_numbers(self, 0, "contrastive_weight", "position_weight", "momentum")
+        common.check_numbers(self, 1e-30, "crop_alpha", "tau")
+        if self.momentum > 1:
+            raise common.UserError(f"--momentum must be at most 1, not {self.momentum}")
+
+
+PRESETS = {
+    "demo": dict(  # ours, for two cores and two minutes
+        data="shapes", img_size=32, patch_size=4, size="tiny", depth=3,
+        decoder_dim=64, decoder_heads=2, min_crop=0.5, head_hidden=256, head_dim=64,
+        epochs=2, batch_size=64, base_lr=6e-3, warmup_epochs=0.2, knn_every=10,
+    ),
+    "cifar": dict(  # ours
+        data="cifar10", img_size=32, patch_size=4, size="tiny",
+        decoder_dim=64, decoder_heads=2, head_hidden=512, head_dim=128,
+        epochs=200, batch_size=256, base_lr=1e-3, warmup_epochs=10,
+    ),
+    "tiny-imagenet": dict(  # the authors' later code; images are enlarged to 224 px
+        data="tiny-imagenet-200", img_size=224, patch_size=16, size="base", mask_ratio=0.75,
+        decoder_dim=128, decoder_depth=1, min_crop=0.2, crop_alpha=0.1,
+        contrastive_weight=0.1, tau=0.2, momentum=0.99, head_hidden=4096, head_dim=256,
+        epochs=300, batch_size=64, base_lr=1e-3, warmup_epochs=40, weight_decay=0.05, workers=10,
+    ),
+    "tiny-imagenet-64": dict(  # ours: the images as they are, a third of the tokens
+        data="tiny-imagenet-200", img_size=64, patch_size=8, size="base",
+        epochs=300, batch_size=256, base_lr=1e-3, warmup_epochs=40,
+    ),
+}  # fmt: skip
+
+# ------------------------------------------------------------------------------ ContrastiveCrop
+
+
+def attention_maps(encoder: common.ViT, imgs: Tensor) -> Tensor:
+    """imgs (B, C, H, W) -> (B, h, w): the last block's attention of cls to each patch, mean over
+    heads."""
+    x = encoder.embed(imgs)
+    for block in encoder.blocks[:-1]:
+        x = block(x)
+    last = encoder.blocks[-1]
+    q, k, _ = last.attn.heads(last.norm1(x))
+    logits = (q[:, :, :1] @ k.transpose(2, 3)).float() / math.sqrt(q.shape[3])
+    return logits.softmax(dim=3)[:, :, 0, 1:].mean(dim=1).unflatten(1, encoder.grid)
+
+
+def stretched(heatmaps: Tensor, size: tuple[int, int]) -> Tensor:
+    """heatmaps (B, h, w) -> (B, H, W): each scaled to 0..1, a constant one to 1, then enlarged."""
+    low, high = heatmaps.amin(dim=(1, 2), keepdim=True), heatmaps.amax(dim=(1, 2), keepdim=True)
+    heat = torch.where(high > low, (heatmaps - low) / (high - low), 1.0)
+    return F.interpolate(heat[:, None], size, mode="bilinear")[:, 0]
+
+
+def boxes_from_heatmaps(heatmaps: Tensor, size: tuple[int, int], threshold=0.1) -> Tensor:
+    """heatmaps (B, h, w) -> boxes (B, 4) as shares of the image's height and width: h_min, w_min,
+    h_max, w_max, the first and last row and column that exceed the threshold, once the map is
+    scaled to 0..1 and enlarged to `size` (H, W). The whole image if the map is constant."""
+    hot = stretched(heatmaps, size) > threshold
+    sides = []
+    for line, length in ((hot.any(dim=2), size[0]), (hot.any(dim=1), size[1])):
+        last = length - 1 - line.flip(1).int().argmax(dim=1)
+        sides.append((line.int().argmax(dim=1) / length, last / length))
+    (top, bottom), (left, right) = sides
+    return torch.stack([top, left, bottom, right], dim=1)
+
+
+def sample_contrastive_crop(height: int, width: int, box: Tensor, scale=(0.2, 1.0),
+                            ratio=(3 / 4, 4 / 3), alpha: float = 0.6) -> Tensor:
+    """Crops top, left, h, w in pixels, of the shape of `box` (4,) or (B, 4), shares of the image.
+    Sizes as in RandomResizedCrop; the middle lies in the box, at Beta(alpha, alpha) of its height
+    and, independently, of its width, as far as the crop then stays within the image."""
+    boxes = box.reshape(-1, 4)
+
+    def place(h: Tensor, w: Tensor) -> list[Tensor]:
+        corners = []
+        for axis, (side, length) in enumerate(((height, h), (width, w))):
+            limits = (side * boxes[:, axis::2]).long() - (length // 2)[:, None]
+            low, high = limits.clamp(min=0).minimum((side - length)[:, None]).T
+            share = torch.distributions.Beta(alpha, alpha).sample((len(boxes),))
+            corners.append(low + ((high - low) * share).long())
+        return corners
+
+    return common.sample_crops(len(boxes), height, width, scale, ratio, place).view(box.shape)
+
+
+class ContrastiveCrop:
+    """Crops of the images of a training set, by their boxes: RandomResizedCrop before the first
+    `update`. The boxes (N, 4) are in shared memory: workers of a loader see the update."""
+
+    def __init__(self, count: int, scale: tuple[float, float], alpha: float):
+        self.scale, self.alpha = scale, alpha
+        self.boxes = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(count, 1).share_memory_()
+        self.known = torch.zeros((), dtype=torch.bool).share_memory_()
+
+    def __call__(self, index: Tensor, height: int, width: int) -> Tensor:
+        if not self.known:
+            return common.sample_crops(len(index), height, width, self.scale)
+        boxes = self.boxes[index]
+        return sample_contrastive_crop(height, width, boxes, self.scale, alpha=self.alpha)
+
+    @torch.no_grad()
+    def update(self, run: common.Run, encoder: common.ViT, images: common.Images) -> None:
+        """New boxes from the encoder's attention to whole images; each process does its share."""
+        size, workers = run.cfg.img_size, run.cfg.workers
+        encoder.eval()
+        found = [torch.empty(0, 4, device=run.device)]
+        for imgs, _ in common.eval_batches(images, size, run.device, workers=workers, squeeze=True):
+            with run.autocast():
+                heatmaps = attention_maps(encoder, imgs)
+            found.append(boxes_from_heatmaps(heatmaps, (size, size)))
+        encoder.train()
+        # Process r has had images r, r + world, ...
+        index = [torch.arange(r, len(images), run.world) for r in range(run.world)]
+        self.boxes[torch.cat(index)] = common.gather_rows(torch.cat(found)).cpu()
+        self.known.fill_(True)
+
+    def mean_area(self) -> float:
+        return (self.boxes[:, 2:] - self.boxes[:, :2]).prod(dim=1).mean().item()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"boxes": self.boxes, "known": self.known}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.boxes.copy_(state["boxes"])
+        self.known.copy_(state["known"])
+
+
+# ------------------------------------------------------------------------------ losses
+
+
+def gather_with_gradient(x: Tensor) -> Tensor:
+    """The rows of all processes, of which each has as many; gradients return to their process."""
+    if not dist.is_initialized():
+        return x
+    return torch.cat(dist.nn.functional.all_gather(x))
+
+
+def info_nce(q: Tensor, k: Tensor, tau: float, labels: Tensor | None = None) -> Tensor:
+    """Queries (B, d), keys (N, d) -> cross-entropy of cosine / tau, times 2 tau, in fp32. The key
+    of query i is labels[i], by default i."""
+    labels = torch.arange(len(q), device=q.device) if labels is None else labels
+    with torch.autocast(q.device.type, enabled=False):
+        cosine = F.normalize(q.float(), dim=1) @ F.normalize(k.float(), dim=1).T
+    return 2 * tau * F.cross_entropy(cosine / tau, labels)
+
+
+def position_loss(logits: Tensor, positions: Tensor, kind: str) -> Tensor:
+    """logits (B, n, L), positions (B, n) in 0..L-1; kind "ce": cross-entropy, or "mse": squared
+    error of the logits to the one-hot position, mean over L as well."""
+    if kind == "ce":
+        return F.cross_entropy(logits.float().flatten(0, 1), positions.flatten())
+    return F.mse_loss(logits.float(), F.one_hot(positions, logits.shape[2]).float())
+
+
+def mlp(widths: list[int]) -> nn.Sequential:
+    """MoCo v3's head: linear layers without bias, BatchNorm and ReLU between, BatchNorm without
+    affine at the end."""
+    layers = []
+    for before, after in itertools.pairwise(widths[:-1]):
+        layers += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after), nn.ReLU()]
+    last = nn.Linear(widths[-2], widths[-1], bias=False)
+    return nn.Sequential(*layers, last, nn.BatchNorm1d(widths[-1], affine=False))
+
+
+class CMAE(nn.Module):
+    """MAE of one or two views with tasks for the encoder. A task of weight 0 has no parameters;
+    with both at 0 this is MAE. `position_weight` None: 0.1 for "ce", 1 for "mse"."""
+
+    def __init__(self, encoder: common.ViT, decoder: common.Decoder, mask_ratio: float = 0.75,
+                 contrastive_weight: float = 0.1, position_weight: float | None = None,
+                 position_kind: str = "ce", position_input: str = "withheld", tau: float = 0.2,
+                 head_hidden: int = 4096, head_dim: int = 256):
+        super().__init__()
+        self.encoder, self.decoder, self.mask_ratio, self.tau = encoder, decoder, mask_ratio, tau
+        if position_weight is None:
+            position_weight = 0.1 if position_kind == "ce" else 1.0
+        self.contrastive_weight, self.position_weight = contrastive_weight, position_weight
+        self.position_kind, self.withhold = position_kind, position_input == "withheld"
+        dim, num_patches = encoder.embed_dim, encoder.num_patches
+        keep = int(num_patches * (1 - mask_ratio))
+        self.asked = max(1, keep // 2) if self.withhold else keep  # tokens, for their position
+        self.position_chance = 1 / (num_patches - (keep - self.asked))  # one of those not given
+        if contrastive_weight:
+            encoder.patch_embed.requires_grad_(False)  # random, for stability (MoCo v3)
+            self.projector = mlp([dim, head_hidden, head_hidden, head_dim])
+            self.predictor = mlp([head_dim, head_hidden, head_dim])
+            self.momentum_encoder = copy.deepcopy(encoder).requires_grad_(False)
+            self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
+        if position_weight:
+            self.position_head = nn.Sequential(
+                nn.Linear(dim, dim // 2), nn.GELU(), nn.Linear(dim // 2, num_patches)
+            )
+
+    def embed(self, imgs: Tensor, visible: Tensor, withheld: Tensor) -> Tensor:
+        """imgs (V*B, C, H, W) of V views, visible (V*B, n) -> tokens (V*B, 1+n, D) at the encoder's
+        input; those of view 1 at `withheld` (B, n'), its first places, are without position."""
+        x = self.encoder.embed(imgs, visible)
+        count, number = withheld.shape
+        patches = common.patchify(imgs[:count], self.encoder.patch_size)
+        bare = self.encoder.patch_embed(common.take_tokens(patches, withheld))
+        view1 = torch.cat([x[:count, :1], bare, x[:count, 1 + number :]], dim=1)
+        return torch.cat([view1, x[count:]])
+
+    @torch.no_grad()
+    def keys(self, imgs: Tensor, visible: Tensor, momentum: float | None) -> list[Tensor]:
+        """imgs (2B, C, H, W), visible (2B, n) -> keys of both views, each (B of all processes, d);
+        first the momentum encoder and projector approach the others, unless `momentum` is None."""
+        pairs = (self.momentum_encoder, self.encoder), (self.momentum_projector, self.projector)
+        for slow, fast in pairs if momentum is not None else ():
+            for a, b in zip(slow.parameters(), fast.parameters(), strict=True):
+                a.lerp_(b, 1 - momentum)
+        cls = self.momentum_encoder(imgs, visible)[:, 0]
+        return [self.momentum_projector(gather_with_gradient(x)) for x in cls.chunk(2)]
+
+    def forward(self, view1: Tensor, view2: Tensor | None = None, momentum: float | None = None):
+        """Views (B, C, H, W), the second one with contrast only; `momentum` of the momentum encoder
+        before this pass, None leaves it as it is. -> the loss, and stats without gradient: recon;
+        with contrast contrastive, contrastive_acc; with prediction position, position_acc."""
+        imgs = view1 if view2 is None else torch.cat([view1, view2])
+        views, vit = len(imgs) // len(view1), self.encoder
+        visible, mask = common.random_masking(
+            len(view1), vit.num_patches, self.mask_ratio, imgs.device
+        )
+        asked = visible[:, : self.asked]  # in random order: the first half is a random half
+        all_visible = visible.repeat(views, 1)
+        if self.position_weight and self.withhold:
+            x = self.embed(imgs, all_visible, asked)
+        else:
+            x = vit.embed(imgs, all_visible)
+        for block in vit.blocks:
+            x = block(x)
+        tokens = vit.norm(x)
+
+        pred, target = self.decoder(tokens, all_visible), common.patchify(imgs, vit.patch_size)
+        loss = views * common.masked_mse(pred, target, mask.repeat(views, 1))
+        stats = dict(recon=loss)
+        if self.contrastive_weight:
+            k1, k2 = self.keys(imgs, all_visible, momentum)
+            cls = (gather_with_gradient(x) for x in tokens[:, 0].chunk(2))
+            q1, q2 = (self.predictor(self.projector(x)) for x in cls)
+            contrastive = info_nce(q1, k2, self.tau) + info_nce(q2, k1, self.tau)
+            loss = loss + self.contrastive_weight * contrastive
+            hits = nearest(q1, k2) + nearest(q2, k1)
+            stats |= dict(contrastive=contrastive, contrastive_acc=hits / 2)
+        if self.position_weight:
+            logits = self.position_head(tokens[: len(view1), 1 : 1 + self.asked])
+            position = position_loss(logits, asked, self.position_kind)
+            loss = loss + self.position_weight * position
+            hits = (logits.argmax(dim=2) == asked).float().mean()
+            stats |= dict(position=position, position_acc=hits)
+        return loss, {name: x.detach() for name, x in stats.items()}
+
+
+@torch.no_grad()
+def nearest(q: Tensor, k: Tensor) -> Tensor:
+    """Share of the queries (B, d) whose nearest key (B, d) by cosine is their own."""
+    cosine = F.normalize(q.float(), dim=1) @ F.normalize(k.float(), dim=1).T
+    return (cosine.argmax(dim=1) == torch.arange(len(q), device=q.device)).float().mean()
+
+
+def momentum_at(step: int, total: int, start: float) -> float:
+    """`start` in the first step, half a cosine up to 1 in the last."""
+    return 1 - (1 - start) * 0.5 * (1 + math.cos(math.pi * step / total))
+
+
+# ------------------------------------------------------------------------------ training
+
+COLOURS = v2.Compose([
+    v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8), v2.RandomGrayscale(0.2),
+])  # fmt: skip
+
+
+def change_colours(imgs: Tensor) -> Tensor:
+    """Normalised images (B, 3, H, W), each changed in its own way."""
+    return common.normalize(255 * torch.stack([COLOURS(img) for img in common.denormalize(imgs)]))
+
+
+@torch.no_grad()
+def reconstruct(model: CMAE, imgs: Tensor) -> dict[str, Tensor]:
+    """Rows of the reconstruction picture, label -> (N, 3, H, W) normalised images."""
+    vit = model.encoder
+    visible, mask = common.random_masking(len(imgs), vit.num_patches, model.mask_ratio, imgs.device)
+    pred = model.decoder(vit(imgs, visible), visible)
+    return common.reconstruction_rows(imgs, pred, mask, vit.patch_size)
+
+
+@torch.no_grad()
+def draw_boxes(encoder: common.ViT, imgs: Tensor) -> dict[str, Tensor]:
+    """Rows of a picture, label -> (N, 3, H, W) normalised images: what the encoder takes for the
+    object, and the attention that tells."""
+    size = imgs.shape[2:]
+    heatmaps = attention_maps(encoder, imgs)
+    boxes = boxes_from_heatmaps(heatmaps, size) * torch.tensor([*size, *size], device=imgs.device)
+    outlined = imgs.clone()
+    for img, box in zip(outlined, boxes.round().long().tolist(), strict=True):
+        top, left, bottom, right = box
+        frame = torch.zeros(size, dtype=torch.bool, device=imgs.device)
+        frame[top : bottom + 1, left : right + 1] = True
+        frame[top + 1 : bottom, left + 1 : right] = False
+        img[:, frame] = torch.tensor([[2.2], [-2.0], [-1.8]], device=imgs.device)  # red
+    heat = stretched(heatmaps, size)[:, None].expand_as(imgs)
+    return {"input and box": outlined, "attention of cls, 0 to 1": common.normalize(255 * heat)}
+
+
+def build(cfg: Config) -> CMAE:
+    encoder = cfg.vit()
+    decoder = common.Decoder(encoder, cfg.decoder_dim, cfg.decoder_depth, cfg.decoder_heads)
+    return CMAE(
+        encoder, decoder, cfg.mask_ratio, contrastive_weight=cfg.contrastive_weight,
+        position_weight=cfg.position_weight, position_kind=cfg.position_loss,
+        position_input=cfg.position_input, tau=cfg.tau, head_hidden=cfg.head_hidden,
+        head_dim=cfg.head_dim,
+    )  # fmt: skip
+
+
+@common.entry_point
+def main(cfg: Config) -> None:
+    run = common.Run(cfg)
+    model = build(cfg).to(run.device)
+    contrast = cfg.contrastive_weight > 0
+    if contrast and cfg.batch_size // cfg.accumulate < 2:
+        raise common.UserError("contrast takes 2 images in a micro-batch: a larger --batch-size")
+    if cfg.init_from:
+        common.init_from(cfg.init_from, model.encoder, model.decoder)
+        if contrast:
+            model.momentum_encoder.load_state_dict(model.encoder.state_dict())
+    optimizer = common.adamw(model, cfg.weight_decay)
+    parts = dict(model=model, optimizer=optimizer)
+
+    train, val = common.pretraining_images(cfg, run.device)
+    crops = None
+    if cfg.crop == "contrastive":
+        crops = ContrastiveCrop(len(train), (cfg.min_crop, 1.0), cfg.crop_alpha)
+        parts |= dict(crops=crops)
+    loader = common.TrainLoader(
+        train, cfg, run, cfg.img_size, sample=crops, views=2 if contrast else 1
+    )
+    pictures = common.eval_batches(val or train, cfg.img_size, run.device, limit=8, share=False)
+    examples, _ = next(pictures)
+    picture = functools.partial(reconstruct, model, examples)
+    run.start(loader, val, **parts)
+    ddp = run.wrap(model)
+    update_every = max(1, round(0.2 * cfg.epochs))
+    for epoch in run.epochs():
+        starts = run.step % loader.steps == 0  # a run resumed in mid-epoch has its boxes already
+        if crops and starts and epoch > 1 and (epoch - 1) % update_every == 0:
+            crops.update(run, model.encoder, train)
+            if run.rank == 0:
+                rows = draw_boxes(model.encoder, examples)
+                common.save_grid(run.folder / f"boxes_{epoch:04d}.png", rows)
+        for micro_batches in run.steps():
+            run.set_lr(optimizer)
+            momentum = momentum_at(run.step, run.total, cfg.momentum)
+            for view1, *view2, _ in micro_batches:
+                with run.forward(ddp):
+                    view2 = [change_colours(x) for x in view2]
+                    loss, stats = ddp(view1, *view2, momentum=momentum)
+                run.backward(loss)
+                run.log(loss=loss, **stats)
+                momentum = None  # it moves once a step
+            run.update(optimizer)
+        results = dict(box_area=crops.mean_area()) if crops else {}
+        if model.position_weight:
+            results |= dict(position_chance=model.position_chance)
+        run.end_epoch(model.encoder, picture, **results)
+    run.finish()
+
+
+if __name__ == "__main__":
+    main(common.parse(Config, PRESETS))

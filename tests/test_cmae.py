@@ -1,0 +1,566 @@
+"""CMAE: each part against a slow version of its formula, then runs of the script."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import TINY, run_script, write_images
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+import cmae
+import common
+import eval_linear
+import mae_perceptual
+
+SMALL = ["--depth", "2", "--decoder-dim", "16", "--decoder-depth", "1", "--decoder-heads", "2",
+         "--head-hidden", "32", "--head-dim", "16"]  # fmt: skip
+OFF = ["--crop", "random", "--contrastive-weight", "0", "--position-weight", "0"]
+
+
+def train(out, data, *flags):
+    flags = [str(f) for f in (*TINY, *SMALL, "--out", out, "--data", data, *flags)]
+    cmae.main(common.parse(cmae.Config, cmae.PRESETS, flags))
+
+
+def model_of(depth=2, **options):
+    torch.manual_seed(0)
+    vit = common.ViT(16, 4, embed_dim=24, depth=depth, num_heads=3)
+    decoder = common.Decoder(vit, 16, 1, 2)
+    options = {"head_hidden": 32, "head_dim": 16, "mask_ratio": 0.5} | options
+    model = cmae.CMAE(vit, decoder, **options)
+    with torch.no_grad():  # biases that are not 0 would otherwise hide mistakes
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+def metrics(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder) -> dict:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
+
+
+# ------------------------------------------------------------------------------ ContrastiveCrop
+
+
+def slow_place(height, width, box, h, w, b0, b1):
+    """The formula of the crop's top left corner, with two Beta numbers given."""
+    corner = []
+    for side, low, high, length, b in ((height, box[0], box[2], h, b0),
+                                       (width, box[1], box[3], w, b1)):  # fmt: skip
+        c0 = min(max(int(side * low) - length // 2, 0), side - length)
+        c1 = min(max(int(side * high) - length // 2, 0), side - length)
+        corner.append(c0 + int((c1 - c0) * b))
+    return corner
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.6])
+def test_crops_equal_the_formula(alpha, monkeypatch):
+    """With the same sizes and Beta numbers: the corners, box by box."""
+    torch.manual_seed(0)
+    low = torch.rand(200, 2) * 0.7
+    boxes = torch.cat([low, low + torch.rand(200, 2) * (1 - low)], dim=1)
+    numbers = torch.distributions.Beta(alpha, alpha).sample((2, 200))
+    given = iter(numbers)
+    monkeypatch.setattr(torch.distributions.Beta, "sample", lambda self, shape: next(given))
+    crops = cmae.sample_contrastive_crop(48, 80, boxes, alpha=alpha)
+    for box, crop, b in zip(boxes.tolist(), crops.tolist(), numbers.T.tolist(), strict=True):
+        top, left, h, w = crop
+        assert [top, left] == slow_place(48, 80, box, h, w, *b)
+        assert 0 <= top <= 48 - h and 0 <= left <= 80 - w
+
+
+def test_crops_are_u_shaped_within_the_box_and_sized_as_random_resized_crops():
+    torch.manual_seed(0)
+    box = torch.tensor([0.25, 0.5, 0.75, 0.5])
+    crops = cmae.sample_contrastive_crop(64, 64, box.repeat(4000, 1), (0.05, 0.1), alpha=0.1)
+    top, left, h, w = crops.T
+    middle = (top + h // 2).float()
+    assert (middle >= 16).all() and (middle <= 48).all() and ((left + w // 2) == 32).all()
+    at_rim = ((middle < 19.2) | (middle > 44.8)).float().mean().item()
+    share = torch.distributions.Beta(0.1, 0.1).sample((20000,))
+    expected = ((share < 0.1) | (share > 0.9)).float().mean().item()
+    assert 0.75 < expected and at_rim == pytest.approx(expected, abs=0.03)
+    assert middle.mean().item() == pytest.approx(32, abs=0.8)
+    plain = common.sample_crops(4000, 64, 64, (0.05, 0.1)).float()
+    for ours, theirs in ((h, plain[:, 2]), (w, plain[:, 3])):
+        assert ours.float().mean().item() == pytest.approx(theirs.mean().item(), rel=0.02)
+        assert ours.float().std().item() == pytest.approx(theirs.std().item(), rel=0.06)
+    flat = cmae.sample_contrastive_crop(64, 64, box.repeat(4000, 1), (0.05, 0.1), alpha=1.0)
+    middle = (flat[:, 0] + flat[:, 2] // 2).float()
+    assert middle.std().item() == pytest.approx(32 / math.sqrt(12), rel=0.05)
+
+
+def test_one_box_gives_one_crop_and_the_fallback_is_central():
+    assert cmae.sample_contrastive_crop(30, 40, torch.tensor([0.0, 0, 1, 1])).shape == (4,)
+    corner = torch.tensor([0.0, 0.0, 0.1, 0.1])
+    crop = cmae.sample_contrastive_crop(10, 100, corner, (1.0, 1.0)).tolist()
+    assert crop == common.sample_crops(1, 10, 100, (1.0, 1.0))[0].tolist()
+
+
+def slow_box(heatmap, height, width):
+    """Bilinear enlargement between the centres of patches, value by value."""
+    h, w = heatmap.shape
+    heat = ((heatmap - heatmap.min()) / (heatmap.max() - heatmap.min())).tolist()
+
+    def at(y, x):
+        value, (y, x) = 0.0, (max(y, 0.0), max(x, 0.0))
+        for i in (int(y), int(y) + 1):
+            for j in (int(x), int(x) + 1):
+                near = (1 - abs(y - i)) * (1 - abs(x - j))
+                value += near * heat[min(i, h - 1)][min(j, w - 1)]
+        return value
+
+    hot = [(y, x) for y in range(height) for x in range(width)
+           if at((y + 0.5) * h / height - 0.5, (x + 0.5) * w / width - 0.5) > 0.1]  # fmt: skip
+    rows, columns = [y for y, _ in hot], [x for _, x in hot]
+    return [min(rows) / height, min(columns) / width, max(rows) / height, max(columns) / width]
+
+
+def test_boxes_equal_a_slow_version():
+    torch.manual_seed(0)
+    heatmaps = torch.rand(20, 4, 6) ** 8
+    heatmaps[0] = 0
+    heatmaps[0, 1:3, 2:4] = 3.0
+    boxes = cmae.boxes_from_heatmaps(heatmaps, (16, 48))
+    for heatmap, box in zip(heatmaps, boxes.tolist(), strict=True):
+        assert box == pytest.approx(slow_box(heatmap, 16, 48))
+    # The bright patches are rows 4..11, columns 16..31; 0.1 is reached in the next half patch.
+    assert boxes[0].tolist() == pytest.approx([2 / 16, 13 / 48, 13 / 16, 34 / 48])
+    flat = cmae.boxes_from_heatmaps(torch.ones(1, 4, 4), (16, 16))[0].tolist()
+    assert flat == [0, 0, 15 / 16, 15 / 16]
+
+
+def test_an_image_that_cls_attends_to_in_one_place_has_its_box_there():
+    """A ViT whose cls is made to attend to bright patches, and the slow attention of it."""
+    model = model_of(depth=1)
+    vit, imgs = model.encoder, torch.randn(2, 3, 16, 16)
+    maps = cmae.attention_maps(vit, imgs)
+    block, x = vit.blocks[0], vit.embed(imgs)
+    q, k, _ = block.attn.qkv(block.norm1(x)).chunk(3, dim=2)
+    expected = torch.zeros(2, 16)
+    for b in range(2):
+        for head in range(3):
+            part = slice(8 * head, 8 * head + 8)
+            logits = torch.stack([q[b, 0, part] @ k[b, j, part] / math.sqrt(8) for j in range(17)])
+            expected[b] += logits.softmax(dim=0)[1:] / 3
+    torch.testing.assert_close(maps, expected.view(2, 4, 4))
+
+    with torch.no_grad():  # keys grow with the first channel, queries are constant
+        block.norm1 = nn.Identity()
+        block.attn.qkv.weight.zero_()
+        block.attn.qkv.bias.zero_()
+        block.attn.qkv.bias[:24] = 1
+        block.attn.qkv.weight[24:48, 0] = 20
+        vit.patch_embed.proj.weight.zero_()
+        vit.patch_embed.proj.weight[0] = 1 / 48
+        vit.pos_embed.zero_()
+        imgs = torch.zeros(1, 3, 16, 16)
+        imgs[:, :, 4:12, 8:12] = 1
+        box = cmae.boxes_from_heatmaps(cmae.attention_maps(vit, imgs), (16, 16))[0]
+    assert box.tolist() == [2 / 16, 6 / 16, 13 / 16, 13 / 16]
+
+
+def corner_images(folder, size, count=8):
+    """Images that are black but for one white quarter, a different one for each of four."""
+    folder.mkdir(parents=True)
+    for i in range(count):
+        img = Image.new("RGB", (size, size))
+        y, x = divmod(i % 4, 2)
+        img.paste((255, 255, 255), (x * size // 2, y * size // 2, (x + 1) * size // 2,
+                                    (y + 1) * size // 2))  # fmt: skip
+        img.save(folder / f"{i}.png")
+
+
+@pytest.mark.parametrize("place", ["memory", "files"])
+def test_both_views_of_an_image_are_cropped_by_its_own_box(place, tmp_path, monkeypatch):
+    if place == "files":
+        monkeypatch.setattr(common, "RESIDENT_BYTES", 0)
+    corner_images(tmp_path / "data", 32)
+    flags = ["--img-size", "16", "--batch-size", "8", "--workers", "2", "--device", "cpu"]
+    flags += ["--data", str(tmp_path / "data"), "--min-crop", "0.01", "--out", str(tmp_path)]
+    cfg = common.parse(cmae.Config, {}, flags)
+    run = common.Run(cfg)
+    images = common.load_images(cfg.data, "pretrain", 16)
+    assert (images.pixels is None) == (place == "files")
+    crops = cmae.ContrastiveCrop(8, (0.01, 0.05), 0.6)
+    loader = common.TrainLoader(images, cfg, run, 16, sample=crops, views=2)
+    view1, view2, labels = next(loader.batches(0))
+    assert view1.shape == view2.shape == (8, 3, 16, 16) and labels.tolist() == [-1] * 8
+    bright = [(view > 0).float().mean().item() for view in (view1, view2)]
+    assert max(bright) < 0.8  # anywhere
+    for i in range(8):
+        y, x = divmod(i % 4, 2)
+        middle = torch.tensor([0.25 + 0.5 * y, 0.25 + 0.5 * x])
+        crops.boxes[i] = torch.cat([middle - 0.05, middle + 0.05])
+    crops.known.fill_(True)  # workers of the next epoch see it
+    view1, view2, _ = next(loader.batches(1))
+    assert (view1 > 0).all() and (view2 > 0).all()
+
+
+def test_boxes_are_updated_kept_and_restored(tmp_path):
+    imgs, labels = common.draw_shapes(37, 16, 0)
+    images = common.Images(labels, ["a"], pixels=imgs)
+    flags = ["--img-size", "16", "--device", "cpu", "--out", str(tmp_path)]
+    cfg = common.parse(cmae.Config, {}, flags)
+    run, model = common.Run(cfg), model_of()
+    crops = cmae.ContrastiveCrop(37, (0.2, 1.0), 0.1)
+    assert crops.mean_area() == 1 and not crops.known
+    crops.update(run, model.encoder, images)
+    maps = cmae.attention_maps(model.encoder, common.normalize(imgs))
+    torch.testing.assert_close(crops.boxes, cmae.boxes_from_heatmaps(maps, (16, 16)))
+    sides = crops.boxes[:, 2:] - crops.boxes[:, :2]
+    assert crops.mean_area() == pytest.approx((sides[:, 0] * sides[:, 1]).mean().item())
+    assert crops.known and model.encoder.training
+    other = cmae.ContrastiveCrop(37, (0.2, 1.0), 0.1)
+    other.load_state_dict(crops.state_dict())
+    assert torch.equal(other.boxes, crops.boxes) and other.known and other.boxes.is_shared()
+
+
+# ------------------------------------------------------------------------------ losses
+
+
+@pytest.mark.parametrize("tau", [0.2, 1.0])
+def test_info_nce_equals_loops(tau):
+    torch.manual_seed(0)
+    q, k, labels = torch.randn(4, 6), torch.randn(7, 6), torch.tensor([3, 0, 6, 6])
+    total = 0.0
+    for i in range(4):
+        cosine = [F.cosine_similarity(q[i], k[j], dim=0).item() for j in range(7)]
+        right = math.exp(cosine[labels[i]] / tau)
+        total -= math.log(right / sum(math.exp(c / tau) for c in cosine))
+    expected = pytest.approx(2 * tau * total / 4, rel=1e-5)
+    assert cmae.info_nce(q, k, tau, labels).item() == expected
+    assert cmae.info_nce(5 * q, 0.1 * k, tau, labels).item() == expected
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cmae.info_nce(q, k, tau, labels).item() == expected
+    own = cmae.info_nce(q, k, tau, torch.arange(4))
+    assert torch.equal(cmae.info_nce(q, k, tau), own)
+
+
+def test_position_loss_equals_loops():
+    torch.manual_seed(0)
+    logits, positions = torch.randn(2, 3, 5), torch.randint(5, (2, 3))
+    ce = mse = 0.0
+    for b in range(2):
+        for n in range(3):
+            row, right = logits[b, n].tolist(), int(positions[b, n])
+            ce -= math.log(math.exp(row[right]) / sum(map(math.exp, row))) / 6
+            mse += sum((x - (j == right)) ** 2 for j, x in enumerate(row)) / 30
+    assert cmae.position_loss(logits, positions, "ce").item() == pytest.approx(ce)
+    assert cmae.position_loss(logits, positions, "mse").item() == pytest.approx(mse)
+
+
+def test_momentum_rises_from_its_start_to_one():
+    assert cmae.momentum_at(0, 100, 0.99) == pytest.approx(0.99)
+    assert cmae.momentum_at(50, 100, 0.99) == pytest.approx(0.995)
+    assert cmae.momentum_at(25, 100, 0.9) == pytest.approx(1 - 0.05 * (1 + math.sqrt(0.5)))
+    assert cmae.momentum_at(100, 100, 0.99) == pytest.approx(1)
+
+
+def test_the_heads_are_those_of_moco_v3():
+    names = [type(x).__name__ for x in cmae.mlp([8, 16, 16, 4])]
+    assert names == ["Linear", "BatchNorm1d", "ReLU"] * 2 + ["Linear", "BatchNorm1d"]
+    assert [type(x).__name__ for x in cmae.mlp([8, 16, 4])] == names[3:]
+    head = cmae.mlp([8, 16, 4])
+    assert head[0].bias is None and head[3].bias is None
+    assert head[1].affine and not head[4].affine
+    assert (head[0].out_features, head[3].out_features) == (16, 4)
+
+
+# ------------------------------------------------------------------------------ the model
+
+
+def test_the_losses_are_those_of_both_views(monkeypatch):
+    """Everything once more, in single passes, from the parts of the model."""
+    model = model_of(mask_ratio=0.25)
+    view1, view2 = torch.randn(2, 4, 3, 16, 16)
+    visible, mask = common.random_masking(4, 16, 0.25)
+    monkeypatch.setattr(common, "random_masking", lambda *args: (visible, mask))
+    loss, stats = model(view1, view2)
+
+    vit, asked = model.encoder, visible[:, :6]
+    positions = vit.pos_embed[:, 1:].repeat(4, 1, 1)
+    for b in range(4):
+        positions[b, asked[b]] = 0
+    bare = F.conv2d(view1, vit.patch_embed.proj.weight, vit.patch_embed.proj.bias, stride=4)
+    x = common.take_tokens(bare.flatten(2).transpose(1, 2) + positions, visible)
+    x = torch.cat([(vit.cls_token + vit.pos_embed[:, :1]).expand(4, -1, -1), x], dim=1)
+    for block in vit.blocks:
+        x = block(x)
+    tokens1, tokens2 = vit.norm(x), vit(view2, visible)
+    recon = sum(
+        common.masked_mse(model.decoder(x, visible), common.patchify(view, 4), mask)
+        for x, view in ((tokens1, view1), (tokens2, view2))
+    )
+    torch.testing.assert_close(stats["recon"], recon)
+    q1, q2 = (model.predictor(model.projector(x[:, 0])) for x in (tokens1, tokens2))
+    k1, k2 = (model.momentum_projector(model.momentum_encoder(view, visible)[:, 0])
+              for view in (view1, view2))  # fmt: skip
+    contrastive = cmae.info_nce(q1, k2, 0.2) + cmae.info_nce(q2, k1, 0.2)
+    torch.testing.assert_close(stats["contrastive"], contrastive, atol=1e-4, rtol=1e-3)
+    logits = model.position_head(tokens1[:, 1:7])
+    torch.testing.assert_close(stats["position"], cmae.position_loss(logits, asked, "ce"))
+    assert stats["position_acc"] == (logits.argmax(2) == asked).float().mean()
+    torch.testing.assert_close(loss, recon + 0.1 * contrastive + 0.1 * stats["position"],
+                               atol=1e-4, rtol=1e-3)  # fmt: skip
+    assert loss.requires_grad and not any(x.requires_grad for x in stats.values())
+
+
+def test_contrastive_accuracy_is_a_count():
+    q, k = torch.randn(50, 4), torch.randn(50, 4)
+    hits = 0
+    for i in range(50):
+        cosine = [F.cosine_similarity(q[i], key, dim=0) for key in k]
+        hits += max(range(50), key=lambda j: cosine[j]) == i
+    assert cmae.nearest(q, k).item() == pytest.approx(hits / 50)
+    assert cmae.nearest(q, 3 * q) == 1
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_reach_all_that_is_trained_and_the_momentum_branch_moves(autocast):
+    model = model_of()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss, _ = model(*torch.randn(2, 6, 3, 16, 16), momentum=0.9)
+    loss.backward()
+    frozen = ("momentum_", "encoder.patch_embed", "encoder.pos_embed", "decoder.pos_embed")
+    for name, p in model.named_parameters():
+        assert (p.grad is None) == name.startswith(frozen), name
+        assert p.grad is None or p.grad.abs().max() > 0, name
+        if name.startswith("momentum_"):
+            fast = before[name.removeprefix("momentum_")]
+            torch.testing.assert_close(p, before[name] + 0.1 * (fast - before[name]))
+        else:
+            assert torch.equal(p, before[name])
+    visible, _ = common.random_masking(12, 16, 0.5)
+    assert not any(k.requires_grad for k in model.keys(torch.randn(12, 3, 16, 16), visible, None))
+    again = {k: v.clone() for k, v in model.named_parameters()}
+    model(*torch.randn(2, 6, 3, 16, 16))
+    assert all(torch.equal(again[k], v) for k, v in model.named_parameters())
+
+
+def test_a_task_of_weight_0_leaves_nothing_behind():
+    names = set(model_of(contrastive_weight=0, position_weight=0).state_dict())
+    assert all(name.startswith(("encoder.", "decoder.")) for name in names)
+    model = model_of(contrastive_weight=0)
+    loss, stats = model(torch.randn(4, 3, 16, 16))
+    assert stats.keys() == {"recon", "position", "position_acc"}
+    assert all(p.requires_grad for p in model.encoder.patch_embed.parameters())
+    loss, stats = model_of(position_weight=0)(*torch.randn(2, 4, 3, 16, 16))
+    assert stats.keys() == {"recon", "contrastive", "contrastive_acc"}
+    torch.testing.assert_close(loss, stats["recon"] + 0.1 * stats["contrastive"])
+    weights = [model_of(position_kind=kind).position_weight for kind in ("ce", "mse")]
+    assert weights == [0.1, 1.0]
+
+
+def position_accuracy(steps, imgs_of, **options) -> float:
+    """After training: of fresh images, the share of positions that are found."""
+    torch.manual_seed(0)
+    vit = common.ViT(16, 4, embed_dim=48, depth=2, num_heads=3)
+    model = cmae.CMAE(vit, common.Decoder(vit, 16, 1, 2), 0.5, contrastive_weight=0,
+                      position_weight=1.0, **options)  # fmt: skip
+    optimizer = common.adamw(model, 0.0, lr=3e-3)
+    for _ in range(steps):
+        model(imgs_of(64))[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        return model(imgs_of(2000))[1]["position_acc"].item()
+
+
+def tinted(count: int) -> torch.Tensor:
+    """Images whose patches tell their place by a colour that is as different in each image."""
+    patches = torch.eye(16)[None] @ torch.randn(16, 48, generator=common.seeded("tint"))
+    patches = patches + 0.3 * torch.randn(count, 16, 48)
+    return common.unpatchify(patches, 4, (4, 4))
+
+
+def shuffled(count: int) -> torch.Tensor:
+    patches = common.patchify(tinted(count), 4)
+    order = torch.rand(count, 16).argsort(dim=1)
+    return common.unpatchify(common.take_tokens(patches, order), 4, (4, 4))
+
+
+def test_positions_are_found_by_content_alone():
+    """Withheld: at chance on shuffled patches (1 of the 12 that are not given), found where the
+    content tells; given: found whatever the content."""
+    assert position_accuracy(60, shuffled) < 0.12
+    assert position_accuracy(60, tinted) > 0.9
+    assert position_accuracy(60, shuffled, position_input="given") > 0.9
+
+
+def test_a_withheld_position_has_no_influence():
+    model, imgs = model_of(), torch.randn(2, 3, 16, 16)
+    visible, _ = common.random_masking(2, 16, 0.5)
+    x = model.embed(imgs, visible, visible[:, :4])
+    with torch.no_grad():
+        model.encoder.pos_embed[0, 1:] += torch.randn(16, 24)
+    changed = (model.embed(imgs, visible, visible[:, :4]) - x).abs().amax(dim=(0, 2)) > 0
+    assert changed.tolist() == [False] * 5 + [True] * 4
+
+
+# ------------------------------------------------------------------------------ several processes
+
+PROCESSES = """
+import sys
+import torch, torch.distributed as dist
+sys.path.insert(0, "tests")
+import cmae, common
+from test_cmae import model_of
+
+folder = sys.argv[1]
+cfg = common.parse(cmae.Config, {}, ["--img-size", "16", "--device", "cpu", "--out", folder])
+run, model = common.Run(cfg), model_of()
+views, (visible, mask) = torch.load(f"{folder}/views.pt")
+part = slice(run.rank * 8 // run.world, (run.rank + 1) * 8 // run.world)
+common.random_masking = lambda *args: (visible[part], mask[part])
+ddp = run.wrap(model)
+loss, stats = ddp(views[0][part], views[1][part], momentum=0.9)
+loss.backward()
+imgs, labels = common.draw_shapes(37, 16, 0)
+crops = cmae.ContrastiveCrop(37, (0.2, 1.0), 0.1)
+crops.update(run, model.encoder, common.Images(labels, ["a"], pixels=imgs))
+gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+buffers = dict(model.named_buffers())
+torch.save((stats, gradients, buffers, crops.boxes.clone()), f"{folder}/{run.world}-{run.rank}.pt")
+"""
+
+
+def test_two_processes_compute_what_one_does_with_the_whole_batch(tmp_path):
+    """Contrastive loss, BatchNorm statistics, gradients of everything, boxes of 37 images."""
+    views = torch.randn(2, 8, 3, 16, 16)
+    torch.save((views, common.random_masking(8, 16, 0.5)), tmp_path / "views.pt")
+    script = tmp_path / "script.py"
+    script.write_text(PROCESSES)
+    for count in (0, 2):
+        done = run_script(script, tmp_path, torchrun=count, OMP_NUM_THREADS="1")
+        assert done.returncode == 0, done.stderr
+    one, *two = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    for stats, gradients, buffers, boxes in two:
+        assert stats["contrastive"].item() == pytest.approx(one[0]["contrastive"].item(), rel=1e-5)
+        assert stats["contrastive_acc"] == one[0]["contrastive_acc"]
+        assert gradients.keys() == one[1].keys()
+        for name, x in gradients.items():
+            torch.testing.assert_close(x, one[1][name], atol=1e-5, rtol=1e-3, msg=name)
+        for name, x in buffers.items():
+            torch.testing.assert_close(x, one[2][name], atol=1e-6, rtol=1e-4, msg=name)
+        assert torch.equal(boxes, one[3]) and boxes.min() < 0.5 < boxes.max()
+    assert two[0][0]["recon"] != two[1][0]["recon"]
+
+
+# ------------------------------------------------------------------------------ runs
+
+
+def test_all_off_is_mae_bit_for_bit(tmp_path, shapes_folder):
+    flags = [*TINY, *SMALL[:8], "--data", str(shapes_folder), "--epochs", "2", "--lr", "1e-3"]
+    same = ["--min-crop", "0.4", "--warmup-epochs", "0.3"]
+    train(tmp_path / "off", shapes_folder, "--epochs", "2", "--lr", "1e-3", *same, *OFF)
+    arguments = [*flags, *same, "--variant", "mae", "--out", str(tmp_path / "mae")]
+    mae_perceptual.main(common.parse(mae_perceptual.Config, mae_perceptual.PRESETS, arguments))
+    a, b = weights(tmp_path / "off"), weights(tmp_path / "mae")
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_and_its_evaluation(tmp_path, shapes_folder, capsys):
+    train(tmp_path, shapes_folder, "--epochs", "5", "--knn-every", "5")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {f"boxes_{n:04d}.png" for n in (2, 3, 4, 5)} == {n for n in names if "boxes" in n}
+    lines = metrics(tmp_path)
+    terms = {"recon", "contrastive", "contrastive_acc", "position", "position_acc", "lr"}
+    for line in lines:
+        assert terms <= line.keys()
+        assert line["position_chance"] == pytest.approx(1 / 14)  # 4 are seen, 2 of them given
+        expected = line["recon"] + 0.1 * line["contrastive"] + 0.1 * line["position"]
+        assert line["loss"] == pytest.approx(expected, rel=1e-5)
+    assert lines[0]["box_area"] == 1 and all(0 < x["box_area"] < 1 for x in lines[1:])
+    with Image.open(tmp_path / "boxes_0005.png") as picture:
+        assert picture.width > 8 * 90 and picture.height > 2 * 90
+    encoder, whole = (common.load_encoder(tmp_path / f"{x}.pt") for x in ("encoder", "checkpoint"))
+    imgs = torch.randn(2, 3, 16, 16)
+    assert torch.equal(encoder(imgs), whole(imgs))
+    eval_linear.main(common.parse(eval_linear.Config, {}, [str(tmp_path), "--mode", "knn"]))
+    assert "kNN" in capsys.readouterr().out
+    train(tmp_path / "next", shapes_folder, "--epochs", "1", "--steps", "1", "--lr", "1e-9",
+          "--init-from", tmp_path / "checkpoint.pt")  # fmt: skip
+    started = weights(tmp_path / "next")
+    for name in ("encoder.cls_token", "momentum_encoder.cls_token"):
+        torch.testing.assert_close(started[name], encoder.cls_token, atol=1e-6, rtol=0)
+
+
+def test_stopped_and_resumed_equals_uninterrupted(tmp_path, shapes_folder):
+    """Across updates of the boxes, in the middle of epochs and at their ends; files too."""
+    flags = ["--epochs", "5", "--accumulate", "2"]
+    train(tmp_path / "whole", shapes_folder, *flags)
+    for steps in ("4", "6", "13", "20"):
+        train(tmp_path / "parts", shapes_folder, *flags, "--steps", steps)
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
+            for name in ("whole", "parts"))  # fmt: skip
+    assert torch.equal(a["crops"]["boxes"], b["crops"]["boxes"]) and b["crops"]["known"]
+    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+
+
+def test_files_and_workers_resume_bit_for_bit(tmp_path, monkeypatch):
+    write_images(tmp_path / "data", 40, 24, seed=0, labelled=False)
+    monkeypatch.setattr(common, "RESIDENT_BYTES", 0)
+    train(tmp_path / "whole", tmp_path / "data", "--epochs", "4")
+    train(tmp_path / "parts", tmp_path / "data", "--epochs", "4", "--steps", "3")
+    train(tmp_path / "parts", tmp_path / "data", "--epochs", "4", "--workers", "2")
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("flags", [
+    ["--precision", "bf16"], ["--precision", "fp16"], ["--position-input", "given"],
+    ["--position-loss", "mse"], ["--crop", "random"],
+])  # fmt: skip
+def test_other_settings_train(flags, tmp_path, shapes_folder):
+    train(tmp_path, shapes_folder, "--epochs", "2", *flags)
+    assert metrics(tmp_path)[-1]["loss"] < 5
+    assert ("box_area" in metrics(tmp_path)[-1]) == ("random" not in flags)
+
+
+def test_real_images_learn(cifar_folder, tmp_path):
+    flags = ["--preset", "cifar", "--data", str(cifar_folder), "--depth", "2", "--device", "cpu",
+             "--batch-size", "32", "--steps", "50", "--epochs", "2", "--warmup-epochs", "0.25",
+             "--lr", "4e-4", "--out", str(tmp_path)]  # fmt: skip
+    cmae.main(common.parse(cmae.Config, cmae.PRESETS, flags))
+    line, = metrics(tmp_path)
+    assert 1.0 < line["recon"] < 2.4 and line["contrastive_acc"] > 2 / 64
+
+
+def test_the_tiny_imagenet_preset_is_the_published_recipe():
+    cfg = common.parse(cmae.Config, cmae.PRESETS, ["--preset", "tiny-imagenet"])
+    assert (cfg.size, cfg.img_size, cfg.patch_size, cfg.mask_ratio) == ("base", 224, 16, 0.75)
+    assert (cfg.decoder_dim, cfg.decoder_depth, cfg.min_crop, cfg.crop_alpha) == (128, 1, 0.2, 0.1)
+    assert (cfg.epochs, cfg.warmup_epochs, cfg.batch_size) == (300, 40, 64)
+    assert (cfg.base_lr, cfg.lr, cfg.weight_decay, cfg.clip_grad) == (1e-3, None, 0.05, None)
+    assert (cfg.contrastive_weight, cfg.tau, cfg.momentum) == (0.1, 0.2, 0.99)
+    assert (cfg.head_hidden, cfg.head_dim) == (4096, 256)
+    assert (cfg.crop, cfg.position_loss, cfg.position_input) == ("contrastive", "ce", "withheld")
+
+
+# ------------------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--batch-size", "1"], "contrast takes 2 images in a micro-batch"),
+    (["--batch-size", "4", "--accumulate", "4"], "contrast takes 2 images in a micro-batch"),
+    (["--momentum", "1.5"], "--momentum must be at most 1"),
+    (["--crop-alpha", "0"], "--crop-alpha must be above 0"),
+    (["--contrastive-weight", "-1"], "--contrastive-weight must be at least 0"),
+    (["--crop", "centre"], "invalid choice: 'centre'"),
+    (["--preset", "imagenet"], "invalid choice: 'imagenet'"),
+    (["--preset", "tiny-imagenet"], "--data tiny-imagenet-200: no such folder"),
+])  # fmt: skip
+def test_mistakes_are_one_line_and_leave_nothing(flags, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        cmae.main(common.parse(cmae.Config, cmae.PRESETS, ["--out", str(tmp_path / "run"), *flags]))
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and message in error
+    assert not (tmp_path / "run").exists()
