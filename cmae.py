@@ -410,8 +410,8 @@ def main(cfg: Config) -> None:
     if contrast and cfg.batch_size // cfg.accumulate < 2:
         raise common.UserError("contrast takes 2 images in a micro-batch: a larger --batch-size")
     if cfg.init_from:
-        common.init_from(cfg.init_from, model.encoder, model.decoder)
-        if contrast:
+        missing = common.init_from(cfg.init_from, model)
+        if "momentum_encoder" in missing:
             model.momentum_encoder.load_state_dict(model.encoder.state_dict())
     optimizer = common.adamw(model, cfg.weight_decay)
     parts = dict(model=model, optimizer=optimizer)

@@ -311,34 +311,34 @@ def read_checkpoint(path) -> dict:
     return loaded
 
 
-def split_weights(path) -> tuple[dict, dict, dict]:
-    """Encoder weights, decoder weights and ViT settings of a file: our encoder.pt or checkpoint.pt,
-    or the flat layout of timm and of the published MAE files. A method's other parts and a
-    classification head are ignored."""
+def split_weights(path) -> tuple[dict[str, dict], dict]:
+    """The weights of a file by part, "encoder", "decoder" and others, and its ViT's settings: our
+    encoder.pt or checkpoint.pt, or the flat layout of timm and of the published MAE files, of which
+    a classification head is ignored."""
     loaded = read_checkpoint(path)
-    weights = loaded.get("model", loaded)
-    encoder, decoder = {}, {}
+    weights, parts = loaded.get("model", loaded), {}
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
         raise UserError(f"{path} holds no weights")
-    ours = any(name.startswith("encoder.") for name in weights)  # then other parts have no place
+    ours = any(name.startswith("encoder.") for name in weights)
     for name, value in weights.items():
-        if name.startswith("encoder."):
-            encoder[name.removeprefix("encoder.")] = value
-        elif name.startswith(("decoder.", "decoder_")):
-            decoder[name[len("decoder.") :]] = value
-        elif name == "mask_token":
-            decoder[name] = value
-        elif not ours and not name.startswith("head."):
-            encoder[name] = value
+        part = "encoder"
+        if ours:
+            part, _, name = name.partition(".")
+        elif name.startswith("decoder_") or name == "mask_token":
+            part, name = "decoder", name.removeprefix("decoder_")
+        elif name.startswith("head."):
+            continue
+        parts.setdefault(part, {})[name] = value
+    encoder = parts.get("encoder", {})
     for name, ndim in (("patch_embed.proj.weight", 4), ("pos_embed", 3)):
         if not isinstance(encoder.get(name), Tensor) or encoder[name].ndim != ndim:
             raise UserError(f"{path} holds no ViT: {name} is missing or misshapen")
     if isinstance(loaded.get("vit"), dict):
-        return encoder, decoder, loaded["vit"]
+        return parts, loaded["vit"]
     dim, in_chans, patch_size, _ = encoder["patch_embed.proj.weight"].shape
     heads = {size["embed_dim"]: size["num_heads"] for size in VIT_SIZES.values()}
     side = math.isqrt(encoder["pos_embed"].shape[1] - 1)  # such files do not say: a square grid
-    return encoder, decoder, dict(
+    return parts, dict(
         img_size=side * patch_size, patch_size=patch_size, in_chans=in_chans, embed_dim=dim,
         depth=len({name.split(".")[1] for name in encoder if name.startswith("blocks.")}),
         num_heads=heads.get(dim, dim // 64),
@@ -357,12 +357,12 @@ def load_strictly(part, state: dict, path) -> None:
 def load_encoder(path, drop_path: float = 0.0) -> ViT:
     """The ViT of our encoder.pt or checkpoint.pt, or of a flat timm or published MAE file, whose
     decoder is ignored. UserError that lists every missing, unexpected or misshapen key."""
-    weights, _, settings = split_weights(path)
+    parts, settings = split_weights(path)
     try:
         encoder = ViT(**settings, drop_path=drop_path)
     except TypeError as error:
         raise UserError(f"{path} does not describe a ViT: {error}") from None
-    load_strictly(encoder, weights, path)
+    load_strictly(encoder, parts["encoder"], path)
     return encoder
 
 
@@ -372,14 +372,18 @@ def save_encoder(path: Path, encoder: ViT, config: dict) -> None:
     write_atomically(path, lambda file: torch.save(content, file))
 
 
-def init_from(path, encoder: ViT, decoder: nn.Module) -> None:
-    """Load a file's weights into the encoder and, if it has one, the decoder. All keys must fit."""
-    encoder_weights, decoder_weights, _ = split_weights(path)
-    load_strictly(encoder, encoder_weights, path)
-    if decoder_weights:
-        load_strictly(decoder, decoder_weights, path)
-    else:
-        print(f"{path} has no decoder: the decoder starts from random weights", file=sys.stderr)
+def init_from(path, model: nn.Module) -> set[str]:
+    """Load a file's weights into the parts of the model (.encoder, .decoder, ...) that it has; all
+    keys of these must fit. Says, and returns, which parts it lacks."""
+    parts, _ = split_weights(path)
+    for name, module in model.named_children():
+        if name in parts:
+            load_strictly(module, parts[name], path)
+    missing = {name for name, _ in model.named_children() if name not in parts}
+    if missing:
+        names = ", ".join(sorted(missing))
+        print(f"{path} has no {names}: as at the start of a new run", file=sys.stderr)
+    return missing
 
 
 # ------------------------------------------------------------------------------ data

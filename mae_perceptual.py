@@ -646,7 +646,7 @@ def main(cfg: Config) -> None:
     run = common.Run(cfg)
     model = build(cfg).to(run.device)
     if cfg.init_from:
-        common.init_from(cfg.init_from, model.encoder, model.decoder)
+        common.init_from(cfg.init_from, model)
     optimizer = common.adamw(model, cfg.weight_decay)
     parts = dict(model=model, optimizer=optimizer)
     adversarial = cfg.variant != "mae"

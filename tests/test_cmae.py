@@ -486,11 +486,17 @@ def test_a_run_and_its_evaluation(tmp_path, shapes_folder, capsys):
     assert torch.equal(encoder(imgs), whole(imgs))
     eval_linear.main(common.parse(eval_linear.Config, {}, [str(tmp_path), "--mode", "knn"]))
     assert "kNN" in capsys.readouterr().out
-    train(tmp_path / "next", shapes_folder, "--epochs", "1", "--steps", "1", "--lr", "1e-9",
-          "--init-from", tmp_path / "checkpoint.pt")  # fmt: skip
-    started = weights(tmp_path / "next")
-    for name in ("encoder.cls_token", "momentum_encoder.cls_token"):
-        torch.testing.assert_close(started[name], encoder.cls_token, atol=1e-6, rtol=0)
+    trained = weights(tmp_path)
+    for file in ("checkpoint", "encoder"):  # with its momentum encoder, or with a copy as at first
+        train(tmp_path / file, shapes_folder, "--epochs", "1", "--steps", "1", "--lr", "1e-9",
+              "--momentum", "1", "--init-from", tmp_path / f"{file}.pt")  # fmt: skip
+        started, name = weights(tmp_path / file), "blocks.0.attn.qkv.weight"
+        expected = ("momentum_encoder." if file == "checkpoint" else "encoder.") + name
+        torch.testing.assert_close(started["encoder." + name], trained["encoder." + name])
+        assert torch.equal(started["momentum_encoder." + name], trained[expected])
+        has_head = "position_head.0.bias"
+        close = torch.allclose(started[has_head], trained[has_head], atol=1e-6)
+        assert close == (file == "checkpoint")
 
 
 def test_stopped_and_resumed_equals_uninterrupted(tmp_path, shapes_folder):

@@ -159,18 +159,23 @@ def test_a_dropped_key_has_no_influence_and_no_gradient():
             assert torch.equal(x[0, 0].abs().sum(dim=1) > 0, keep[i])
 
 
+def slow_accuracy(q, k, source, topk) -> float:
+    hits = []
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            for i in range(16):
+                products = [(q[b, h, 1 + i] @ k[b, h, 1 + j]).item() for j in range(16)]
+                best = sorted(range(16), key=lambda j: -products[j])[:topk]
+                hits += [source[b, i].item() == source[b, j].item() for j in best]
+    return sum(hits) / len(hits)
+
+
 def test_topk_accuracy_equals_a_count_and_its_extremes():
     source = mixed_ae.random_mixing(2, 4, 16)
     q, k, _ = queries()
-    hits = total = 0
-    for b in range(2):
-        for h in range(3):
-            for i in range(16):
-                products = [(q[b, h, 1 + i] @ k[b, h, 1 + j]).item() for j in range(16)]
-                for j in sorted(range(16), key=lambda j: -products[j])[:4]:
-                    hits, total = hits + int(source[b, i] == source[b, j]), total + 1
     accuracy = mixed_ae.topk_accuracy(q, k, source, 4)
-    assert accuracy.item() == pytest.approx(hits / total) and not accuracy.requires_grad
+    assert accuracy.item() == pytest.approx(slow_accuracy(q, k, source, 4))
+    assert not accuracy.requires_grad
     alike = F.pad(F.one_hot(source, 4).float()[:, None], (0, 0, 1, 0))
     assert mixed_ae.topk_accuracy(alike, alike, source, 4) == 1
     assert mixed_ae.topk_accuracy(alike, -alike, source, 4) == 0
@@ -232,10 +237,11 @@ def slow_tokens(model, imgs, source, topk):
     for number, block in enumerate(vit.blocks):
         q, k, v = block.attn.qkv(block.norm1(x)).chunk(3, dim=2)
         q, k, v = (y.unflatten(2, (3, 8)).transpose(1, 2) for y in (q, k, v))
+        accuracy = slow_accuracy(q, k, source, topk)
         out = slow_attention(q, k, v, topk if number > 0 else 10**6)
         x = x + block.attn.proj(out.transpose(1, 2).flatten(2))
         x = x + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x))))
-    return vit.norm(x)
+    return vit.norm(x), accuracy
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -243,11 +249,10 @@ def test_the_encoder_equals_a_slow_one_that_mixes_embedded_tokens(size):
     model = model_of(size)
     imgs, source = torch.randn(2 * size, 3, 16, 16), mixed_ae.random_mixing(2, size, 16)
     tokens, accuracy = model.encode(common.patchify(imgs, 4), source)
-    slow = slow_tokens(model, imgs, source, topk=16 // size)
+    slow, slow_accuracy = slow_tokens(model, imgs, source, topk=16 // size)
     torch.testing.assert_close(tokens, slow, atol=1e-4, rtol=1e-4)
-    # And the monitor is that of the last block: were its keys those of the own image, it were 1.
-    assert 0 < accuracy < 1
-    dense = slow_tokens(model, imgs, source, topk=16)
+    assert accuracy.item() == pytest.approx(slow_accuracy)  # of the last block
+    dense, _ = slow_tokens(model, imgs, source, topk=16)
     assert (dense - slow).abs().max() > 1e-2
 
 
@@ -273,6 +278,37 @@ def test_the_losses_are_those_of_all_images_over_their_hidden_patches(size, monk
     torch.testing.assert_close(stats["homo"], homo)
     torch.testing.assert_close(loss, stats["recon"] + 0.1 * stats["homo"])
     assert loss.requires_grad and not any(x.requires_grad for x in stats.values())
+
+
+def test_temperature_and_weight_are_those_of_the_command_line(monkeypatch):
+    source = mixed_ae.random_mixing(2, 4, 16)
+    monkeypatch.setattr(mixed_ae, "random_mixing", lambda *args: source)
+    flags = [*TINY, *SMALL, "--tau", "0.5", "--homo-weight", "0.3"]
+    model = mixed_ae.build(common.parse(mixed_ae.Config, mixed_ae.PRESETS, flags))
+    imgs = torch.randn(8, 3, 16, 16)
+    loss, stats = model(imgs)
+    _, _, tokens, _ = model.predict(imgs)
+    homo = mixed_ae.homologous_contrastive_loss(tokens[:, 1:], source, 0.5)
+    torch.testing.assert_close(stats["homo"], homo)
+    torch.testing.assert_close(loss, stats["recon"] + 0.3 * homo)
+
+
+def test_the_picture_shows_mixtures_own_parts_and_predictions(monkeypatch):
+    model, imgs = model_of(2), torch.randn(4, 3, 16, 16)
+    source = mixed_ae.random_mixing(2, 2, 16)
+    monkeypatch.setattr(mixed_ae, "random_mixing", lambda *args: source)
+    given, mixture, own, prediction, complete = mixed_ae.reconstruct(model, imgs).values()
+    assert torch.equal(given, imgs)
+    pred, *_ = model.predict(imgs)
+    for n in range(4):
+        place = source[n // 2].view(4, 4).repeat_interleave(4, 0).repeat_interleave(4, 1)
+        pair = imgs[n // 2 * 2 : n // 2 * 2 + 2]
+        assert torch.equal(mixture[n], torch.where(place == 0, pair[0], pair[1]))
+        mine = place == n % 2
+        assert torch.equal(own[n], imgs[n] * mine)
+        assert torch.equal(complete[n], torch.where(mine, imgs[n], prediction[n]))
+    mean, std = common.patch_statistics(common.patchify(imgs, 4))
+    torch.testing.assert_close(common.patchify(prediction, 4), pred * std + mean)
 
 
 def test_a_hidden_patch_is_never_seen_and_groups_do_not_touch(monkeypatch):
@@ -406,8 +442,16 @@ def test_a_run_and_its_evaluation(flags, size, tmp_path, shapes_folder, capsys):
     assert torch.equal(encoder(imgs), plain(imgs))
     eval_linear.main(common.parse(eval_linear.Config, {}, [str(tmp_path), "--mode", "knn"]))
     assert "kNN" in capsys.readouterr().out
-    train(tmp_path / "next", shapes_folder, "--epochs", "1", "--init-from",
-          tmp_path / "checkpoint.pt", *flags)  # fmt: skip
+    train(tmp_path / "next", shapes_folder, "--epochs", "1", "--steps", "1", "--lr", "1e-9",
+          "--init-from", tmp_path / "checkpoint.pt", *flags)  # fmt: skip
+    started = weights(tmp_path / "next")
+    assert started.keys() == model.keys()
+    for name in model:  # the segment embedding, too
+        torch.testing.assert_close(started[name], model[name], atol=1e-6, rtol=0, msg=name)
+    train(tmp_path / "more", shapes_folder, "--epochs", "1", "--steps", "1",
+          "--init-from", tmp_path / "encoder.pt", *flags)  # fmt: skip
+    missing = "decoder" if flags else "decoder, segment"
+    assert f"encoder.pt has no {missing}: as at the start" in capsys.readouterr().err
 
 
 def test_stopped_and_resumed_equals_uninterrupted(tmp_path, shapes_folder):

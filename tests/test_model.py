@@ -298,7 +298,7 @@ def test_published_mae_layout_loads_into_encoder_and_decoder(tmp_path):
                 "decoder_pred.bias"}  # fmt: skip
     assert expected <= flat.keys()
     torch.save({"model": flat}, tmp_path / "mae.pth")
-    common.init_from(tmp_path / "mae.pth", target.encoder, target.decoder)
+    assert common.init_from(tmp_path / "mae.pth", target) == set()
     for (name, a), b in zip(source.state_dict().items(), target.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     encoder = common.load_encoder(tmp_path / "mae.pth")
@@ -315,7 +315,7 @@ def test_published_mae_layout_loads_into_encoder_and_decoder(tmp_path):
         change(broken)
         torch.save(broken, tmp_path / "broken.pth")
         with pytest.raises(UserError, match=message):
-            common.init_from(tmp_path / "broken.pth", target.encoder, target.decoder)
+            common.init_from(tmp_path / "broken.pth", target)
 
 
 def test_files_that_are_no_checkpoints(tmp_path):
