@@ -16,7 +16,8 @@ its own image, by attention to few keys and by a contrastive loss. No second vie
         mixed_ae.py --preset imagenet --data /data/imagenet
     python eval_linear.py runs/mixed_ae-demo --baseline         # then: is the encoder any good?
 
-TIMES
+On two cores of a 2.5 GHz Xeon the first takes 2 minutes, and its linear probe gives 71.5 %
+(untrained 47.5). For CIFAR-10 see the README. On a GPU: not yet measured.
 
 Equation -> code. G images in a group, L patches in an image, r = 1/G; image i of a group, patch l.
     source(l)   a random assignment, exactly L/G of the places to each image    random_mixing
