@@ -9,6 +9,7 @@ from conftest import TINY, run_script, write_images
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+from torchvision.transforms import v2
 
 import cmae
 import common
@@ -204,7 +205,9 @@ def test_both_views_of_an_image_are_cropped_by_its_own_box(place, tmp_path, monk
 
 
 def test_boxes_are_updated_kept_and_restored(tmp_path):
-    imgs, labels = common.draw_shapes(37, 16, 0)
+    """Of whole images, whatever their shape."""
+    imgs, labels = common.draw_shapes(37, 24, 0)
+    imgs = imgs[:, :, :20]
     images = common.Images(labels, ["a"], pixels=imgs)
     flags = ["--img-size", "16", "--device", "cpu", "--out", str(tmp_path)]
     cfg = common.parse(cmae.Config, {}, flags)
@@ -212,13 +215,14 @@ def test_boxes_are_updated_kept_and_restored(tmp_path):
     crops = cmae.ContrastiveCrop(37, (0.2, 1.0), 0.1)
     assert crops.mean_area() == 1 and not crops.known
     crops.update(run, model.encoder, images)
-    maps = cmae.attention_maps(model.encoder, common.normalize(imgs))
+    small = v2.functional.resize(imgs, [16, 16], v2.InterpolationMode.BICUBIC)
+    maps = cmae.attention_maps(model.encoder, common.normalize(small))
     torch.testing.assert_close(crops.boxes, cmae.boxes_from_heatmaps(maps, (16, 16)))
     sides = crops.boxes[:, 2:] - crops.boxes[:, :2]
     assert crops.mean_area() == pytest.approx((sides[:, 0] * sides[:, 1]).mean().item())
     assert crops.known and model.encoder.training
     other = cmae.ContrastiveCrop(37, (0.2, 1.0), 0.1)
-    other.load_state_dict(crops.state_dict())
+    other.load_state_dict({name: x.clone() for name, x in crops.state_dict().items()})
     assert torch.equal(other.boxes, crops.boxes) and other.known and other.boxes.is_shared()
 
 
@@ -304,12 +308,40 @@ def test_the_losses_are_those_of_both_views(monkeypatch):
               for view in (view1, view2))  # fmt: skip
     contrastive = cmae.info_nce(q1, k2, 0.2) + cmae.info_nce(q2, k1, 0.2)
     torch.testing.assert_close(stats["contrastive"], contrastive, atol=1e-4, rtol=1e-3)
+    accuracy = (cmae.nearest(q1, k2) + cmae.nearest(q2, k1)) / 2
+    assert stats["contrastive_acc"] == accuracy
     logits = model.position_head(tokens1[:, 1:7])
     torch.testing.assert_close(stats["position"], cmae.position_loss(logits, asked, "ce"))
     assert stats["position_acc"] == (logits.argmax(2) == asked).float().mean()
     torch.testing.assert_close(loss, recon + 0.1 * contrastive + 0.1 * stats["position"],
                                atol=1e-4, rtol=1e-3)  # fmt: skip
     assert loss.requires_grad and not any(x.requires_grad for x in stats.values())
+
+
+def test_settings_reach_the_model_and_the_crops(tmp_path, shapes_folder, monkeypatch):
+    made, alphas = [], []
+    original = cmae.CMAE.__init__
+
+    def init(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        made.append(self)
+
+    def sample(height, width, box, scale, alpha):
+        alphas.append((scale, alpha))
+        return common.sample_crops(len(box), height, width, scale)
+
+    monkeypatch.setattr(cmae.CMAE, "__init__", init)
+    monkeypatch.setattr(cmae, "sample_contrastive_crop", sample)
+    train(tmp_path, shapes_folder, "--epochs", "2", "--tau", "0.3", "--position-loss", "mse",
+          "--position-input", "given", "--contrastive-weight", "0.2", "--mask-ratio", "0.5",
+          "--crop-alpha", "0.4", "--min-crop", "0.3")  # fmt: skip
+    model, = made
+    assert (model.tau, model.position_kind, model.withhold, model.mask_ratio) == (
+        0.3, "mse", False, 0.5)  # fmt: skip
+    assert (model.contrastive_weight, model.position_weight, model.asked) == (0.2, 1.0, 8)
+    assert (model.projector[0].out_features, model.predictor[3].out_features) == (32, 16)
+    assert model.position_chance == 1 / 16
+    assert alphas == [((0.3, 1.0), 0.4)] * 8  # two views in each of 4 steps
 
 
 def test_contrastive_accuracy_is_a_count():
@@ -497,6 +529,53 @@ def test_a_run_and_its_evaluation(tmp_path, shapes_folder, capsys):
         has_head = "position_head.0.bias"
         close = torch.allclose(started[has_head], trained[has_head], atol=1e-6)
         assert close == (file == "checkpoint")
+
+
+def test_colours_are_view_2_s_and_the_momentum_encoder_moves_once_a_step(
+    tmp_path, shapes_folder, monkeypatch
+):
+    original, calls = cmae.CMAE.forward, []
+
+    def forward(model, view1, view2, momentum):
+        calls.append((view1.abs().max() > 0, view2.abs().max() == 0, momentum))
+        return original(model, view1, view2, momentum=momentum)
+
+    monkeypatch.setattr(cmae.CMAE, "forward", forward)
+    monkeypatch.setattr(cmae, "change_colours", torch.zeros_like)
+    train(tmp_path, shapes_folder, "--epochs", "2", "--accumulate", "2", "--momentum", "0.9")
+    assert len(calls) == 16 and all(first and second for first, second, _ in calls)
+    momenta = [momentum for *_, momentum in calls]
+    assert momenta[::2] == [cmae.momentum_at(step, 8, 0.9) for step in range(8)]
+    assert momenta[1::2] == [None] * 8
+
+
+def test_boxes_are_renewed_every_fifth_of_the_epochs_and_not_in_mid_epoch(
+    tmp_path, shapes_folder, monkeypatch
+):
+    updates = []
+
+    def update(crops, run, *args):
+        updates.append(run.step)
+
+    monkeypatch.setattr(cmae.ContrastiveCrop, "update", update)
+    for steps in ("5", "9", "20"):
+        train(tmp_path, shapes_folder, "--epochs", "10", "--batch-size", "32", "--steps", steps)
+    assert updates == [4, 8, 12, 16]  # of 20 steps, two an epoch
+    pictures = sorted(path.name for path in tmp_path.glob("boxes_*.png"))
+    assert pictures == [f"boxes_{epoch:04d}.png" for epoch in (3, 5, 7, 9)]
+
+
+def test_each_image_has_its_own_colours_sometimes_none():
+    torch.manual_seed(0)
+    img = common.normalize(common.draw_shapes(1, 8, 0)[0])
+    changed = cmae.change_colours(img.expand(400, -1, -1, -1))
+    same = (changed - img).abs().amax(dim=(1, 2, 3)) < 1e-3
+    pixels = common.denormalize(changed)
+    grey = (pixels - pixels[:, :1]).abs().amax(dim=(1, 2, 3)) < 1e-5
+    assert same.float().mean().item() == pytest.approx(0.2 * 0.8, abs=0.06)
+    assert grey.float().mean().item() == pytest.approx(0.2, abs=0.06)
+    rest = changed[~same & ~grey]
+    assert (rest[1:] - rest[:-1]).abs().amax(dim=(1, 2, 3)).min() > 1e-3
 
 
 def test_stopped_and_resumed_equals_uninterrupted(tmp_path, shapes_folder):
