@@ -18,7 +18,8 @@ object in them.
         cmae.py --preset tiny-imagenet --data tiny-imagenet-200
     python eval_linear.py runs/cmae-demo --baseline             # then: is the encoder any good?
 
-TIMES
+On two cores of a 2.5 GHz Xeon the first takes 2.6 minutes, and its linear probe gives 57.7 %
+(untrained 40.8). For CIFAR-10 see the README. On a GPU: not yet measured.
 
 Equation -> code. Views 1 and 2 of an image, the same patches hidden in both; L patches, tau 0.2.
     L_rec   = MAE's loss of view 1 + MAE's loss of view 2                        CMAE.forward
@@ -97,7 +98,7 @@ class Config(common.Config):
 
 PRESETS = {
     "demo": dict(  # ours, for two cores and two minutes
-        data="shapes", img_size=32, patch_size=4, size="tiny", depth=3,
+        data="shapes", img_size=32, patch_size=4, size="tiny", depth=2,
         decoder_dim=64, decoder_heads=2, min_crop=0.5, head_hidden=256, head_dim=64,
         epochs=2, batch_size=64, base_lr=6e-3, warmup_epochs=0.2, knn_every=10,
     ),
@@ -305,6 +306,8 @@ class CMAE(nn.Module):
         """Views (B, C, H, W), the second one with contrast only; `momentum` of the momentum encoder
         before this pass, None leaves it as it is. -> the loss, and stats without gradient: recon;
         with contrast contrastive, contrastive_acc; with prediction position, position_acc."""
+        if (view2 is None) == (self.contrastive_weight > 0):
+            raise common.UserError("contrast takes two views of the images; without it there is one")
         imgs = view1 if view2 is None else torch.cat([view1, view2])
         views, vit = len(imgs) // len(view1), self.encoder
         visible, mask = common.random_masking(

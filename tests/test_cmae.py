@@ -387,6 +387,9 @@ def test_a_task_of_weight_0_leaves_nothing_behind():
     loss, stats = model_of(position_weight=0)(*torch.randn(2, 4, 3, 16, 16))
     assert stats.keys() == {"recon", "contrastive", "contrastive_acc"}
     torch.testing.assert_close(loss, stats["recon"] + 0.1 * stats["contrastive"])
+    for weight, given in ((0.1, 1), (0, 2)):
+        with pytest.raises(common.UserError, match="contrast takes two views"):
+            model_of(contrastive_weight=weight)(*torch.randn(given, 4, 3, 16, 16))
     weights = [model_of(position_kind=kind).position_weight for kind in ("ce", "mse")]
     assert weights == [0.1, 1.0]
 
