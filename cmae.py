@@ -307,7 +307,7 @@ class CMAE(nn.Module):
         before this pass, None leaves it as it is. -> the loss, and stats without gradient: recon;
         with contrast contrastive, contrastive_acc; with prediction position, position_acc."""
         if (view2 is None) == (self.contrastive_weight > 0):
-            raise common.UserError("contrast takes two views of the images; without it there is one")
+            raise common.UserError("contrast takes two views; without it there is one")
         imgs = view1 if view2 is None else torch.cat([view1, view2])
         views, vit = len(imgs) // len(view1), self.encoder
         visible, mask = common.random_masking(
