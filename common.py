@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 import typing
+import weakref
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -723,7 +724,8 @@ class TrainLoader:
         if images.paths is not None or transform is not None:
             self.workers = torch.utils.data.DataLoader(
                 _Decoding(images, cfg.seed, transform, self.sample, size, views),
-                batch_sampler=self, num_workers=cfg.workers, persistent_workers=cfg.workers > 0,
+                batch_sampler=weakref.proxy(self),  # a cycle would hold up the end by 5 s a worker
+                num_workers=cfg.workers, persistent_workers=cfg.workers > 0,
                 pin_memory=run.device.type == "cuda",
             )
 
