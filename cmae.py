@@ -37,19 +37,22 @@ Equation -> code. Views 1 and 2 of an image, the same patches hidden in both; L 
               the way to the high side, and inside the image             sample_contrastive_crop
 In metrics.jsonl: loss is L; recon is L_rec, the sum over views; contrastive and contrastive_acc,
 the share of queries whose nearest key is their image's; position, position_acc, position_chance;
-box_area, the mean share of an image that its box covers, 1 before the first update.
+box_area, the mean share of an image that its box covers, 1 before the first update (then at most
+((n - 1) / n)^2 for n pixels a side: boxes reach from pixel to pixel, not from edge to edge).
 
-Provenance   paper: smaller decoder, contrastive learning, position prediction, ContrastiveCrop.
+Provenance   paper: smaller decoder, contrastive learning, position prediction, ContrastiveCrop;
+      that contrast is on the encoder's output is inferred from its abstract.
     Authors' later code (SDMAE, arXiv 2212.05677): decoder 128 x 1; colours of view 2; one mask for
       both views; reconstruction of both; momentum network; weight 0.1; frozen random patch
       embedding; position head, its target and --position-loss mse; the recipe of "tiny-imagenet".
     MoCo v3: projector, predictor, loss, momentum.   Peng et al. 2022: boxes, schedule, crops.
     MAE's paper and code: architecture, masking, reconstruction loss, initialisation.
     Our choice: positions are predicted where they are withheld (--position-input given is SDMAE's:
-      the answer is part of the input, and the loss goes to 0 at once), by cross-entropy with weight
-      0.1; the heatmap (a sum over channels after a LayerNorm is constant); flips of both views;
-      4 decoder heads; without contrast one view and a trained patch embedding, as in MAE; presets
-      "demo", "cifar" and "tiny-imagenet-64".
+      the answer is part of the input, so it can be solved without looking at the image), by
+      cross-entropy with weight 0.1 (mse: 1); view 1's reconstruction and query come from that same
+      pass, while keys see all positions; the heatmap (a sum over channels after a LayerNorm is
+      constant); flips of both views; 4 decoder heads; without contrast one view and a trained patch
+      embedding, as in MAE; presets "demo", "cifar" and "tiny-imagenet-64".
 Known deviations   All processes compute the heads and the contrastive loss of all images, so that
     BatchNorm and negatives are global; with --accumulate they are those of a micro-batch.
 """
@@ -91,9 +94,11 @@ class Config(common.Config):
         common.check_numbers(self, 1, "decoder_dim", "decoder_depth", "decoder_heads",
                              "head_hidden", "head_dim")  # fmt: skip
         common.check_numbers(self, 0, "contrastive_weight", "position_weight", "momentum")
-        common.check_numbers(self, 1e-30, "crop_alpha", "tau")
+        common.check_numbers(self, 1e-30, "tau")
         if self.momentum > 1:
             raise common.UserError(f"--momentum must be at most 1, not {self.momentum}")
+        if not 0.01 <= self.crop_alpha < math.inf:  # Beta's samples underflow below
+            raise common.UserError(f"--crop-alpha must be at least 0.01, not {self.crop_alpha}")
 
 
 PRESETS = {
@@ -107,7 +112,9 @@ PRESETS = {
         decoder_dim=64, decoder_heads=2, head_hidden=512, head_dim=128,
         epochs=200, batch_size=256, base_lr=1e-3, warmup_epochs=10,
     ),
-    "tiny-imagenet": dict(  # the authors' later code; images are enlarged to 224 px
+    # Of the authors' later code, but tau, momentum and heads, which are MoCo v3's, and crop_alpha,
+    # which is Peng et al.'s for small images. Images are enlarged to 224 px.
+    "tiny-imagenet": dict(
         data="tiny-imagenet-200", img_size=224, patch_size=16, size="base", mask_ratio=0.75,
         decoder_dim=128, decoder_depth=1, min_crop=0.2, crop_alpha=0.1,
         contrastive_weight=0.1, tau=0.2, momentum=0.99, head_hidden=4096, head_dim=256,
@@ -222,16 +229,24 @@ def gather_with_gradient(x: Tensor) -> Tensor:
     """The rows of all processes, of which each has as many; gradients return to their process."""
     if not dist.is_initialized():
         return x
-    return torch.cat(dist.nn.functional.all_gather(x))
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.detach().contiguous())
+    # All compute the same loss, and their gradients will be averaged: as many times the own part's.
+    parts[dist.get_rank()] = x + (len(parts) - 1) * (x - x.detach())
+    return torch.cat(parts)
+
+
+def cosines(q: Tensor, k: Tensor) -> Tensor:
+    """Queries (B, d), keys (N, d) -> (B, N), in fp32."""
+    with torch.autocast(q.device.type, enabled=False):
+        return F.normalize(q.float(), dim=1) @ F.normalize(k.float(), dim=1).T
 
 
 def info_nce(q: Tensor, k: Tensor, tau: float, labels: Tensor | None = None) -> Tensor:
     """Queries (B, d), keys (N, d) -> cross-entropy of cosine / tau, times 2 tau, in fp32. The key
     of query i is labels[i], by default i."""
     labels = torch.arange(len(q), device=q.device) if labels is None else labels
-    with torch.autocast(q.device.type, enabled=False):
-        cosine = F.normalize(q.float(), dim=1) @ F.normalize(k.float(), dim=1).T
-    return 2 * tau * F.cross_entropy(cosine / tau, labels)
+    return 2 * tau * F.cross_entropy(cosines(q, k) / tau, labels)
 
 
 def position_loss(logits: Tensor, positions: Tensor, kind: str) -> Tensor:
@@ -346,12 +361,11 @@ class CMAE(nn.Module):
 @torch.no_grad()
 def nearest(q: Tensor, k: Tensor) -> Tensor:
     """Share of the queries (B, d) whose nearest key (B, d) by cosine is their own."""
-    cosine = F.normalize(q.float(), dim=1) @ F.normalize(k.float(), dim=1).T
-    return (cosine.argmax(dim=1) == torch.arange(len(q), device=q.device)).float().mean()
+    return (cosines(q, k).argmax(dim=1) == torch.arange(len(q), device=q.device)).float().mean()
 
 
 def momentum_at(step: int, total: int, start: float) -> float:
-    """`start` in the first step, half a cosine up to 1 in the last."""
+    """`start` at step 0, half a cosine up to 1 at step `total`, one after the last."""
     return 1 - (1 - start) * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
@@ -377,13 +391,11 @@ def reconstruct(model: CMAE, imgs: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def draw_boxes(encoder: common.ViT, imgs: Tensor) -> dict[str, Tensor]:
-    """Rows of a picture, label -> (N, 3, H, W) normalised images: what the encoder takes for the
-    object, and the attention that tells."""
-    size = imgs.shape[2:]
-    heatmaps = attention_maps(encoder, imgs)
-    boxes = boxes_from_heatmaps(heatmaps, size) * torch.tensor([*size, *size], device=imgs.device)
-    outlined = imgs.clone()
+def draw_boxes(encoder: common.ViT, imgs: Tensor, boxes: Tensor) -> dict[str, Tensor]:
+    """Whole images (N, 3, H, W) and their boxes (N, 4), shares of the image -> rows of a picture,
+    label -> (N, 3, H, W) normalised images: the boxes, and the attention that gave them."""
+    size, heatmaps, outlined = imgs.shape[2:], attention_maps(encoder, imgs), imgs.clone()
+    boxes = boxes.cpu() * torch.tensor([*size, *size])
     for img, box in zip(outlined, boxes.round().long().tolist(), strict=True):
         top, left, bottom, right = box
         frame = torch.zeros(size, dtype=torch.bool, device=imgs.device)
@@ -438,7 +450,11 @@ def main(cfg: Config) -> None:
         if crops and starts and epoch > 1 and (epoch - 1) % update_every == 0:
             crops.update(run, model.encoder, train)
             if run.rank == 0:
-                rows = draw_boxes(model.encoder, examples)
+                boxes = crops.boxes[common.evenly_spaced(len(train), 8)]
+                whole, _ = next(common.eval_batches(
+                    train, cfg.img_size, run.device, limit=8, share=False, squeeze=True
+                ))  # fmt: skip
+                rows = draw_boxes(model.encoder, whole, boxes)
                 common.save_grid(run.folder / f"boxes_{epoch:04d}.png", rows)
         for micro_batches in run.steps():
             run.set_lr(optimizer)

@@ -766,6 +766,13 @@ class TrainLoader:
         return *views, self.images.labels[index].to(device)
 
 
+def evenly_spaced(count: int, limit: int | None) -> Tensor:
+    """Indices of at most `limit` of `count` images, in order."""
+    if limit is None or limit >= count:
+        return torch.arange(count)
+    return torch.linspace(0, count - 1, limit, dtype=torch.float64).long()
+
+
 def eval_batches(images: Images, size: int, device, limit: int | None = None, workers: int = 0,
                  share: bool = True, squeeze: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields normalised images (b, 3, size, size) and labels (b,), in order, without augmentation:
@@ -773,9 +780,7 @@ def eval_batches(images: Images, size: int, device, limit: int | None = None, wo
     stay whole. With `squeeze` nothing is cut off: height and width to size. At most `limit` images,
     evenly spaced. With several processes each gets its `share`; `gather_rows` brings results
     together."""
-    index = torch.arange(len(images))
-    if limit is not None and limit < len(images):
-        index = torch.linspace(0, len(images) - 1, limit, dtype=torch.float64).long()
+    index = evenly_spaced(len(images), limit)
     if share and dist.is_initialized():
         index = index[dist.get_rank() :: dist.get_world_size()]
     crop = v2.Compose([v2.Resize(size * 256 // 224, interpolation=BICUBIC), v2.CenterCrop(size)])
@@ -1156,7 +1161,7 @@ class Run:
         if self.rank == 0:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                names = ("checkpoint.*", "metrics.jsonl", "recon_*.png", "encoder.pt", "eval.json")
+                names = ("checkpoint.*", "metrics.jsonl", "*_????.png", "encoder.pt", "eval.json")
                 for name in names if cfg.restart else ():
                     for path in self.folder.glob(name):
                         path.unlink()

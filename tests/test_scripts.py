@@ -312,7 +312,11 @@ def test_mistakes_in_a_run_folder(tmp_path, shapes_folder, capsys):
     capsys.readouterr()
     error = mistake(capsys, "--out", out, *flags, "--mask-ratio", "0.5", "--seed", "1")
     assert "mask_ratio was 0.75, now 0.5" in error and "seed was 0, now 1" in error
+    for name in ("boxes_0002.png", "recon_0009.png", "notes.txt"):
+        (out / name).write_text("")
     train(out, shapes_folder, "--epochs", "2", "--mask-ratio", "0.5", "--restart")
+    assert {"recon_0002.png", "notes.txt"} <= {path.name for path in out.iterdir()}
+    assert not (out / "boxes_0002.png").exists() and not (out / "recon_0009.png").exists()
     assert json.loads((out / "config.json").read_text())["mask_ratio"] == 0.5
     capsys.readouterr()
 
