@@ -261,9 +261,11 @@ class ViT(nn.Module):
 
 class Decoder(nn.Module):
     """MAE's decoder: the mask token at hidden positions, transformer blocks, a linear layer to
-    pixels. Input width, grid, patch size and channels are those of `encoder`."""
+    pixels, or to `out_dim` numbers. Input width, grid, patch size and channels are those of
+    `encoder`."""
 
-    def __init__(self, encoder: ViT, dim: int = 512, depth: int = 8, num_heads: int = 16):
+    def __init__(self, encoder: ViT, dim: int = 512, depth: int = 8, num_heads: int = 16,
+                 out_dim: int | None = None):
         super().__init__()
         if dim % num_heads:
             raise UserError(f"decoder width {dim} is not divisible by {num_heads} heads")
@@ -272,7 +274,7 @@ class Decoder(nn.Module):
         self.pos_embed = fixed_positions(dim, encoder.grid)
         self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.pred = nn.Linear(dim, encoder.patch_size**2 * encoder.in_chans)
+        self.pred = nn.Linear(dim, out_dim or encoder.patch_size**2 * encoder.in_chans)
         nn.init.normal_(self.mask_token, std=0.02)
         self.apply(init_linear)
 
@@ -669,8 +671,9 @@ def _random_resized_crop(index: Tensor, height: int, width: int, min_crop: float
 
 
 class _Decoding(torch.utils.data.Dataset):
-    """The work of loader processes: decode, then crop and flip `views` times, or `transform` once.
-    Keys are (epoch, index), and all random numbers derive from (seed, epoch, index)."""
+    """The work of loader processes: decode, then crop and flip `views` times, or `transform` to one
+    image or a tuple of them. Keys are (epoch, index), and all random numbers derive from (seed,
+    epoch, index)."""
 
     def __init__(self, images: Images, seed: int, transform=None, sample=None, size=0, views=1):
         self.images, self.seed, self.transform = images, seed, transform
@@ -680,7 +683,8 @@ class _Decoding(torch.utils.data.Dataset):
         torch.manual_seed(random_seed("image", self.seed, *key))
         image, label = self.images.pil(key[1])
         if self.transform:
-            views = [self.transform(image)]
+            views = self.transform(image)
+            views = views if isinstance(views, tuple) else (views,)
         else:
             views = [self._crop(image, key[1]) for _ in range(self.views)]
         return *map(v2.functional.pil_to_tensor, views), label
@@ -698,8 +702,9 @@ class TrainLoader:
     A global batch is cut into processes x accumulate micro-batches, of which number j depends on
     (seed, epoch, step, j) alone: two processes see what one with --accumulate 2 sees. Images in
     memory are cropped and flipped on the device, a batch at a time; files are decoded by workers,
-    image by image, as are images in main memory if a `transform` (PIL -> PIL) is to be applied
-    instead of crop and flip. The incomplete last batch of an epoch is dropped.
+    image by image, as are images in main memory if a `transform` (PIL -> PIL, or a tuple of them,
+    the views) is to be applied instead of crop and flip. The incomplete last batch of an epoch is
+    dropped.
 
     `sample(index (b,), height, width)` gives the crops (b, 4) of the images of these numbers, as
     `sample_crops` does, which is the default; it draws from torch's default generator and has to be
@@ -758,7 +763,8 @@ class TrainLoader:
     def _crop(self, key: tuple[int, int, Tensor]) -> tuple[Tensor, ...]:
         (step, j, index), device = key, self.run.device
         torch.manual_seed(random_seed("crop", self.cfg.seed, self.epoch, step, j))
-        imgs, views = self.images.pixels[index.to(device)], []
+        pixels, views = self.images.pixels, []
+        imgs = pixels[index.to(pixels.device)].to(device)
         for _ in range(self.views):
             boxes = self.sample(index, *imgs.shape[2:])
             boxes, flip = (x.to(device) for x in (boxes, torch.rand(len(index)) < 0.5))
@@ -979,7 +985,8 @@ def warmup_cosine(step: float, total: float, warmup: float, peak: float, floor=0
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def adamw(model: nn.Module, weight_decay: float, lr: float = 0.0) -> torch.optim.Optimizer:
+def adamw(model: nn.Module, weight_decay: float, lr: float = 0.0,
+          betas: tuple[float, float] = (0.9, 0.95)) -> torch.optim.Optimizer:
     """MAE's AdamW of the trainable parameters, in two groups: weight decay, but none for biases and
     LayerNorm (1-D)."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -987,7 +994,7 @@ def adamw(model: nn.Module, weight_decay: float, lr: float = 0.0) -> torch.optim
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, lr, betas=betas, fused=True)
 
 
 def gather_rows(x: Tensor) -> Tensor:
@@ -1033,6 +1040,26 @@ def knn_scores(train_features: Tensor, train_labels: Tensor, test_features: Tens
         votes = torch.zeros(len(test), num_classes, device=test.device)
         scores.append(votes.scatter_add_(1, train_labels[index], (cosine / temperature).exp()))
     return torch.cat(scores)
+
+
+def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
+    """Top-1 and top-5 in % of scores (N, classes) and labels (N,)."""
+    hits = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
+    top1, top5 = hits[:, 0].double().mean().item(), hits.any(dim=1).double().mean().item()
+    return {"top1": round(100 * top1, 2), "top5": round(100 * top5, 2)}
+
+
+@torch.no_grad()
+def validate(run: "Run", model: nn.Module, predict, val: Images, size: int) -> dict[str, float]:
+    """Accuracy of predict(imgs) on all of `val`, `model` in eval mode; each process does a part."""
+    model.eval()
+    scores, labels = [], []
+    for imgs, label in eval_batches(val, size, run.device, workers=run.cfg.workers):
+        with run.autocast():
+            scores.append(predict(imgs).float())
+        labels.append(label)
+    model.train()
+    return accuracy(*(gather_rows(torch.cat(x)) for x in (scores, labels)))
 
 
 def reconstruction_rows(imgs: Tensor, pred: Tensor, mask: Tensor, patch_size: int,
@@ -1161,7 +1188,8 @@ class Run:
         if self.rank == 0:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                names = ("checkpoint.*", "metrics.jsonl", "*_????.png", "encoder.pt", "eval.json")
+                names = ("checkpoint.*", "metrics.jsonl", "*_????.png", "encoder.pt",
+                         "classifier*.pt", "eval.json")  # fmt: skip
                 for name in names if cfg.restart else ():
                     for path in self.folder.glob(name):
                         path.unlink()
@@ -1330,10 +1358,14 @@ class Run:
         total, count = self.sums["loss"]
         return total / count
 
+    def due(self, every: int) -> bool:
+        """At an epoch's end: is it the turn of what is done every so many epochs and at the end?"""
+        return every > 0 and (self.step >= self.last_step or self.epoch % every == 0)
+
     def end_epoch(self, encoder: ViT | None = None, picture=None, **results: float) -> None:
         """Log the epoch, with `results` if any; measure kNN and draw the picture if they are due;
         save the checkpoint and the encoder. `picture()` gives the rows of `save_grid`."""
-        cfg, last = self.cfg, self.step >= self.last_step
+        cfg = self.cfg
         means = [total / count for total, count in self.sums.values()]
         means = torch.tensor(means, device=self.device) / self.world
         if self.world > 1:
@@ -1341,8 +1373,9 @@ class Run:
         metrics = {"epoch": self.epoch, "step": self.step}
         metrics |= dict(zip(self.sums, means.tolist(), strict=True))
         metrics |= {"lr": self.lr, **self.speed, **results}
-        if self.val is not None and cfg.knn_every and (last or self.epoch % cfg.knn_every == 0):
-            metrics["knn"] = self.knn_after = self.knn(encoder)
+        if self.val is not None and self.due(cfg.knn_every):
+            self.knn_after = self.knn(encoder)
+            metrics |= self.knn_after
         if self.rank > 0:
             return
         words = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
@@ -1358,7 +1391,7 @@ class Run:
             save_encoder(self.folder / "encoder.pt", encoder, config)
         # After encoder.pt, so that whatever a kill leaves undone is done again after resuming.
         write_atomically(self.checkpoint, lambda file: torch.save(state, file), keep=self.previous)
-        if picture and (last or self.epoch % cfg.recon_every == 0):
+        if picture and self.due(cfg.recon_every):
             torch.manual_seed(random_seed("picture", cfg.seed))  # the same masks every time
             save_grid(self.folder / f"recon_{self.epoch:04d}.png", picture())
 
@@ -1373,9 +1406,9 @@ class Run:
     def _write_text(self, name: str, text: str) -> None:
         write_atomically(self.folder / name, lambda file: file.write(f"{text}\n".encode()))
 
-    def knn(self, encoder: ViT) -> float:
-        """A monitor: top-1 in % of weighted 20-NN on the cls feature, 1000 validation images among
-        5000 training images. eval_linear.py --mode knn uses all of them."""
+    def knn(self, encoder: ViT) -> dict[str, float]:
+        """A monitor: top-1 in % of weighted 20-NN on the cls feature, and of the nearest neighbour,
+        1000 validation images among 5000 training images. eval_linear.py --mode knn uses all."""
         sets = []
         for images, limit in ((self.loader.images, 5000), (self.val, 1000)):
             batches = eval_batches(images, self.cfg.img_size, self.device, limit, self.cfg.workers)
@@ -1383,17 +1416,19 @@ class Run:
                 features, labels = map(gather_rows, extract_features(encoder, batches))
             sets += [features[labels >= 0], labels[labels >= 0]]
         train_features, train_labels, features, labels = sets
-        guesses = knn_scores(train_features, train_labels, features).argmax(dim=1)
-        return 100 * (guesses == labels).float().mean().item()
+        ks = {"knn": 20, "retrieval_1nn": 1}
+        scores = {x: knn_scores(train_features, train_labels, features, k) for x, k in ks.items()}
+        return {x: accuracy(score, labels)["top1"] for x, score in scores.items()}
 
     def finish(self) -> None:
         """Say what was left out, what came out, and what to do next."""
         images = self.loader.images
         if skipped := int(images.unreadable.sum()):
             self.print(f"skipped {skipped} unreadable of {len(images)} images; others stood in")
-        if self.knn_after is not None:
-            before = "" if self.knn_before is None else f" (before training {self.knn_before:.1f})"
-            self.print(f"kNN top-1 {self.knn_after:.1f}{before}")
+        for result, name in (("knn", "kNN top-1"), ("retrieval_1nn", "1-NN retrieval")):
+            if self.knn_after:
+                before = self.knn_before and f" (before training {self.knn_before[result]:.1f})"
+                self.print(f"{name} {self.knn_after[result]:.1f}{before or ''}")
         self.print(f"pictures, logs and encoder.pt are in {self.folder}")
         if self.val is not None:
             self.print(f"next: python eval_linear.py {self.folder} --baseline")

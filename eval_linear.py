@@ -46,7 +46,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 import common
-from common import UserError, extract_features, knn_scores
+from common import UserError, accuracy, extract_features, knn_scores, validate
 
 
 @dataclass(kw_only=True)
@@ -172,13 +172,6 @@ def linear_head(width: int, num_classes: int) -> nn.Sequential:
     return nn.Sequential(nn.BatchNorm1d(width, affine=False, eps=1e-6), linear)
 
 
-def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
-    """Top-1 and top-5 in % of scores (N, classes) and labels (N,)."""
-    hits = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
-    top1, top5 = hits[:, 0].double().mean().item(), hits.any(dim=1).double().mean().item()
-    return {"top1": round(100 * top1, 2), "top5": round(100 * top5, 2)}
-
-
 def all_features(run: common.Run, encoder: common.ViT, images: common.Images):
     """Features (N, D) and labels (N,) of all images, in every process."""
     size = encoder.settings["img_size"]
@@ -220,19 +213,6 @@ def evaluate_cached(run, encoder: common.ViT, train: common.Images, val: common.
             optimizer.zero_grad()
     with torch.no_grad():
         return accuracy(head.eval()(test), test_labels)
-
-
-@torch.no_grad()
-def validate(run, model: nn.Module, predict, val: common.Images, size: int) -> dict:
-    """Accuracy of predict(imgs) on all of `val`, `model` in eval mode; each process does a part."""
-    model.eval()
-    scores, labels = [], []
-    for imgs, label in common.eval_batches(val, size, run.device, workers=run.cfg.workers):
-        with run.autocast():
-            scores.append(predict(imgs).float())
-        labels.append(label)
-    model.train()
-    return accuracy(*(common.gather_rows(torch.cat(x)) for x in (scores, labels)))
 
 
 def evaluate_linear(run, encoder: common.ViT, train: common.Images, val: common.Images) -> dict:

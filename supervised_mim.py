@@ -1,0 +1,548 @@
+"""Supervised MIM: masked image modelling beside supervised classification.
+
+Chen, Salz, Chang, Sohn, Krishnan, Seyedhosseini. Improve Supervised Representation Learning with
+Masked Image Modeling. arXiv 2312.00950, 2023. The classifier stays as it is; the same encoder also
+sees the image with half of its patches hidden, and a shallow decoder has to name their tokens. The
+decoder is dropped afterwards: no cost at inference. Unlike MAE (He et al., CVPR 2022, arXiv
+2111.06377) it needs labels, and predicts tokens of a frozen VQ tokenizer instead of pixels.
+
+    python supervised_mim.py                                    # built-in images
+    python supervised_mim.py --mim-weight 0 --out runs/baseline # the supervised baseline
+    python supervised_mim.py --target pixels --out runs/pixels  # pixels instead of tokens
+    python supervised_mim.py --preset cifar                     # CIFAR-10, downloaded
+    python supervised_mim.py --preset imagenet --data /data/imagenet --train-tokenizer
+    python supervised_mim.py --preset imagenet --data /data/imagenet --accumulate 16     # one GPU
+    torchrun --nproc-per-node 8 supervised_mim.py --preset imagenet --data /data/imagenet \\
+        --epochs 90 --batch-size 1024 --warmup-epochs 8         # the shorter recipe
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+        supervised_mim.py --preset imagenet --data /data/imagenet
+    python eval_linear.py runs/supervised_mim-demo --mode knn   # kNN and retrieval with all images
+
+The tokenizer. Without --tokenizer FILE one is trained first, for --tokenizer-epochs, in the folder
+tokenizer/ of the run; what is there already is used, or finished. --train-tokenizer does only that.
+A run keeps, in its checkpoint, the tokenizer that it began with.
+
+Equation -> code. x: image, cropped, flipped; x': RandAugment of x, mixed up with another image.
+    z       = encoder of the tokenizer (x), one vector per patch               VQTokenizer.features
+    t(l)    = argmin over the codes e of |z(l) - e|^2                          VQTokenizer.quantize
+    L_vq    = |x - decoder(z + sg(e - z))| + 0.25 |z - sg(e)|^2, means          VQTokenizer.forward
+    e       = m / n; n, m: averages, with decay 0.99, of how many z are nearest to e, and of their
+              sum; where n is below a tenth of its mean, a z at random   VQTokenizer.update_codebook
+    L_class = CE(head(cls of encoder(x')), labels, mixed like x')             SupervisedMIM.forward
+    L_token = mean over hidden l of CE(decoder(encoder(visible patches of x))_l, t(l)), labels
+              smoothed by 0.1                                                       mim_token_loss
+    L       = L_class + 1.0 L_token                                           SupervisedMIM.forward
+In metrics.jsonl: loss is L; class_loss, top1 (of training, mixed images count for the larger part);
+token_loss, token_acc over hidden patches, or pixel_loss; val_top1 of all validation images; knn and
+retrieval_1nn, monitors on 1000 of them. The tokenizer's: loss is L_vq, recon and commitment its
+terms; psnr in dB, perplexity and codes_used (share of the codebook), on 1000 validation images.
+
+Provenance   paper: the task beside the class task, image tokens, masked image, shallow decoder
+      that is dropped, ViT-B/14.
+    Inferred: codebook 1024 x 256 and 16 x 16 tokens (the VQ of two of the authors' MaskGIT; /14
+      gives just as many patches), label smoothing 0.1 (MaskGIT).
+    Recipe: big_vision, AugReg (Steiner et al. 2021). Its weight decay 1e-4 is not multiplied by the
+      learning rate 1e-3, torch's is: 0.1.
+    VQ-VAE: straight-through gradient, commitment 0.25, codebook by moving averages.
+    MAE's paper and code: encoder, masking, the form of the decoder, pixel targets.
+    Our choice: two passes instead of labels on masked images; mask ratio 0.5; hidden patches
+      dropped before the encoder; 2 blocks as wide as the encoder; weight 1; what the masked pass
+      sees is x, neither RandAugmented nor mixed, as RandAugment moves pixels, too, and their tokens
+      would belong to other patches; architecture and training of the tokenizer; head on cls, zero
+      at first; presets "demo" and "cifar".
+Known deviations   The tokenizer is our own small one, without adversarial or perceptual loss.
+    RandAugment is torchvision's, whose magnitudes end at 30, where those of TensorFlow's end at 10.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.transforms import v2
+
+import common
+
+
+@dataclass
+class Config(common.Config):
+    mask_ratio: float = 0.5  # share of hidden patches in the masked pass
+    mim_weight: float = 1.0  # of the loss of the masked pass; 0 is the supervised baseline
+    target: Literal["tokens", "pixels"] = "tokens"  # pixels: MAE's, for comparison
+    token_smoothing: float = 0.1  # label smoothing of the token loss
+    decoder_depth: int = 2  # blocks of the decoder, as wide as the encoder
+    mixup: float = 0.5  # alpha of mixup, on the class branch; 0 is none
+    randaug: int = 15  # magnitude of RandAugment's two operations, up to 30; 0 is none
+    tokenizer: str | None = None  # tokenizer.pt of another run [one is trained in the run's folder]
+    train_tokenizer: bool = False  # train the tokenizer, and nothing else
+    tokenizer_epochs: int = 20  # length of its training
+    tokenizer_lr: float = 1e-3  # its peak learning rate; its batch is --batch-size, at most 256
+    tokenizer_width: int = 64  # its channels at full resolution; up to four times as many below
+    codebook_size: int = 1024  # codes, the classes of the masked pass
+    codebook_dim: int = 256  # width of a code
+    knn_every: int = 1  # validation every so many epochs: top-1, kNN, retrieval; 0 is never
+
+    def check(self) -> None:
+        super().check()
+        common.check_numbers(self, 1, "decoder_depth", "tokenizer_epochs", "tokenizer_width",
+                             "codebook_size", "codebook_dim")  # fmt: skip
+        common.check_numbers(self, 0, "mim_weight", "token_smoothing", "mixup", "randaug")
+        common.check_numbers(self, 1e-30, "tokenizer_lr")
+        for name, most in (("token_smoothing", 1), ("randaug", 30)):
+            if getattr(self, name) > most:
+                raise common.UserError(f"--{name.replace('_', '-')} must be at most {most}")
+        if self.tokenizer and self.train_tokenizer:
+            raise common.UserError("--train-tokenizer makes one: it takes no --tokenizer")
+        if self.tokenizer and not Path(self.tokenizer).is_file():
+            raise common.UserError(f"--tokenizer {self.tokenizer}: no such file")
+
+
+PRESETS = {
+    "demo": dict(  # ours, for two cores and two minutes
+        data="shapes", img_size=32, patch_size=8, size="tiny", depth=2, min_crop=0.5,
+        decoder_depth=1, epochs=3, batch_size=64, lr=1e-3, warmup_epochs=0.3, mixup=0, randaug=0,
+        tokenizer_epochs=1, tokenizer_width=16, codebook_size=256, codebook_dim=64,
+    ),
+    "cifar": dict(  # ours
+        data="cifar10", img_size=32, patch_size=4, size="tiny", min_crop=0.4,
+        epochs=200, batch_size=256, lr=1e-3, warmup_epochs=10, clip_grad=1.0, weight_decay=0.05,
+        tokenizer_epochs=20, tokenizer_width=32,
+    ),
+    "imagenet": dict(  # AugReg's recipe for training from scratch
+        data="imagenet", img_size=224, patch_size=14, size="base", mask_ratio=0.5, min_crop=0.05,
+        epochs=300, batch_size=4096, lr=1e-3, warmup_epochs=10_000 / 312,  # 10 000 steps
+        clip_grad=1.0, weight_decay=0.1, mixup=0.5, randaug=15, mim_weight=1.0, decoder_depth=2,
+        codebook_size=1024, codebook_dim=256, knn_every=5, workers=10,
+    ),
+}  # fmt: skip
+
+# ------------------------------------------------------------------------------ the tokenizer
+
+
+class ResBlock(nn.Module):
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__()
+        self.skip = nn.Conv2d(in_dim, out_dim, 1) if in_dim != out_dim else nn.Identity()
+        self.branch = nn.Sequential(*convolve(in_dim, out_dim, 3), *convolve(out_dim, out_dim, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.skip(x) + self.branch(x)
+
+
+def convolve(in_dim: int, out_dim: int, kernel: int) -> tuple[nn.Module, ...]:
+    norm = nn.GroupNorm(math.gcd(in_dim, 32), in_dim)
+    return norm, nn.SiLU(), nn.Conv2d(in_dim, out_dim, kernel, padding=kernel // 2)
+
+
+class VQTokenizer(nn.Module):
+    """Convolutional VQ-VAE. Images (B, C, H, W), normalised, of any size, are resized to `img_size`
+    (int or (H, W)), a multiple of `stride`, which is a power of two; they have one token for each
+    stride x stride pixels, row by row. The codebook follows the encoder in forward passes in
+    training mode, one after another; with several processes it follows the batch of all."""
+
+    def __init__(self, img_size=256, stride: int = 16, codebook_size: int = 1024, dim: int = 256,
+                 width: int = 64, in_chans: int = 3, commitment: float = 0.25,
+                 decay: float = 0.99):
+        super().__init__()
+        self.settings = dict(  # all that it takes to build this tokenizer again
+            img_size=img_size, stride=stride, codebook_size=codebook_size, dim=dim, width=width,
+            in_chans=in_chans,
+        )  # fmt: skip
+        levels = stride.bit_length() - 1
+        if stride != 1 << levels:
+            raise common.UserError(f"the stride of a tokenizer is a power of two, not {stride}")
+        self.grid = h, w = common.patch_grid(img_size, stride)
+        self.img_size, self.commitment, self.decay = (h * stride, w * stride), commitment, decay
+        widths = [width * min(1 << level, 4) for level in range(levels + 1)]
+        down, up = [nn.Conv2d(in_chans, width, 3, padding=1)], []
+        for fine, coarse in itertools.pairwise(widths):
+            down += [nn.AvgPool2d(2), ResBlock(fine, coarse)]
+            up = [nn.Upsample(scale_factor=2), ResBlock(coarse, fine), *up]
+        self.encoder = nn.Sequential(
+            *down, ResBlock(widths[-1], widths[-1]), *convolve(widths[-1], dim, 1)
+        )
+        self.decoder = nn.Sequential(
+            nn.Conv2d(dim, widths[-1], 1), ResBlock(widths[-1], widths[-1]), *up,
+            *convolve(width, in_chans, 3),
+        )  # fmt: skip
+        self.register_buffer("codebook", torch.randn(codebook_size, dim))
+        self.register_buffer("usage", torch.zeros(codebook_size))  # vectors of a batch at each code
+        self.register_buffer("sums", torch.zeros(codebook_size, dim))  # of these vectors
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+
+    def features(self, imgs: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, L, dim), before quantisation, fp32."""
+        return self.encoder(self.resized(imgs)).float().flatten(2).transpose(1, 2)
+
+    def resized(self, imgs: Tensor) -> Tensor:
+        if tuple(imgs.shape[2:]) == self.img_size:
+            return imgs
+        return F.interpolate(imgs, self.img_size, mode="bicubic", antialias=True)
+
+    @torch.no_grad()
+    def quantize(self, z: Tensor) -> Tensor:
+        """z (B, L, dim) -> ids (B, L) int64 of the nearest codes, fp32."""
+        with torch.autocast(z.device.type, enabled=False):
+            distance = self.codebook.square().sum(dim=1) - 2 * z @ self.codebook.T  # less |z|^2
+        return distance.argmin(dim=2)
+
+    def encode(self, imgs: Tensor) -> Tensor:
+        """imgs (B, C, H, W) -> ids (B, L) int64."""
+        return self.quantize(self.features(imgs))
+
+    def decode(self, ids: Tensor) -> Tensor:
+        """ids (B, L) -> imgs (B, C, *img_size)."""
+        return self.to_pixels(F.embedding(ids, self.codebook))
+
+    def to_pixels(self, codes: Tensor) -> Tensor:
+        return self.decoder(codes.transpose(1, 2).unflatten(2, self.grid))
+
+    def forward(self, imgs: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """imgs (B, C, H, W) -> reconstruction (B, C, *img_size), ids (B, L), and losses: recon, the
+        mean absolute error of normalised pixels; commitment; loss, their sum with its weight."""
+        z = self.features(imgs)
+        ids = self.quantize(z)
+        codes = F.embedding(ids, self.codebook)  # a copy: the update may move the codebook
+        pred = self.to_pixels(z + (codes - z).detach())  # straight through: as if z were the code
+        recon, commitment = F.l1_loss(pred.float(), self.resized(imgs)), F.mse_loss(z, codes)
+        if self.training:
+            self.update_codebook(z.flatten(0, 1), ids.flatten())
+        loss = recon + self.commitment * commitment
+        return pred, ids, dict(loss=loss, recon=recon, commitment=commitment)
+
+    @torch.no_grad()
+    def update_codebook(self, z: Tensor, ids: Tensor) -> None:
+        """z (N, dim) and the ids (N,) of their codes, of this process; all of them count."""
+        count = torch.bincount(ids, minlength=len(self.usage)).float()
+        total = torch.zeros_like(self.sums).index_add_(0, ids, z)
+        if dist.is_initialized():
+            dist.all_reduce(count)
+            dist.all_reduce(total)
+        self.usage.lerp_(count, 1 - self.decay)
+        self.sums.lerp_(total, 1 - self.decay)
+        even = count.sum() / len(count)  # if all codes were used alike
+        dead = self.usage < 0.1 * even  # at the very first, nearly all of them
+        if dead.any():
+            rows, needed = common.gather_rows(z), int(dead.sum())
+            # The same rows in every process; more than once if there are too few.
+            generator = common.seeded("restart", int(self.updates))
+            order = torch.randperm(max(needed, len(rows)), generator=generator)[:needed]
+            self.usage[dead] = even
+            self.sums[dead] = even * rows[order.to(z.device) % len(rows)]
+        self.codebook.copy_(self.sums / self.usage[:, None])
+        self.updates += 1
+
+
+def psnr(imgs: Tensor, others: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio (B,) in dB of normalised images, as RGB in 0..1, clipped."""
+    error = (common.denormalize(imgs) - common.denormalize(others)).square().mean(dim=(1, 2, 3))
+    return -10 * error.clamp(min=1e-10).log10()
+
+
+def perplexity(ids: Tensor, codebook_size: int) -> tuple[float, float]:
+    """exp(entropy) of how often codes occur in ids, and the share of the codes that occur."""
+    p = torch.bincount(ids.flatten(), minlength=codebook_size).double() / ids.numel()
+    return torch.special.entr(p).sum().exp().item(), (p > 0).double().mean().item()
+
+
+@torch.no_grad()
+def measure_tokenizer(run: common.Run, tokenizer: VQTokenizer, images: common.Images) -> dict:
+    """psnr, perplexity and codes_used on 1000 images; each process does its share."""
+    tokenizer.eval()
+    decibels, ids = [], []
+    size, workers = run.cfg.img_size, run.cfg.workers
+    for imgs, _ in common.eval_batches(images, size, run.device, limit=1000, workers=workers):
+        recon, tokens, _ = tokenizer(imgs)
+        decibels.append(psnr(tokenizer.resized(imgs), recon))
+        ids.append(tokens)
+    tokenizer.train()
+    decibels, ids = (common.gather_rows(torch.cat(x)) for x in (decibels, ids))
+    even, used = perplexity(ids, len(tokenizer.codebook))
+    return dict(psnr=decibels.mean().item(), perplexity=even, codes_used=used)
+
+
+def build_tokenizer(cfg: Config) -> VQTokenizer:
+    """One token for each patch: the stride is the power of two nearest to the patch size."""
+    stride = 2 ** round(math.log2(cfg.patch_size))
+    img_size = cfg.img_size // cfg.patch_size * stride
+    return VQTokenizer(img_size, stride, cfg.codebook_size, cfg.codebook_dim, cfg.tokenizer_width)
+
+
+def train_tokenizer(cfg: Config, train: common.Images, val: common.Images | None) -> VQTokenizer:
+    """Train the tokenizer of cfg in its folder, or go on, or take the one that is finished."""
+    same = ("data", "data_dir", "img_size", "patch_size", "min_crop", "accumulate", "workers",
+            "device", "precision", "seed", "restart", "tokenizer_width", "codebook_size",
+            "codebook_dim")  # fmt: skip
+    cfg = Config(
+        **{name: getattr(cfg, name) for name in same}, out=f"{cfg.out}/tokenizer",
+        steps=cfg.steps if cfg.train_tokenizer else None, epochs=cfg.tokenizer_epochs,
+        batch_size=min(cfg.batch_size, 256), lr=cfg.tokenizer_lr, clip_grad=1.0, weight_decay=1e-4,
+        recon_every=5, knn_every=0,
+    )  # fmt: skip
+    run = common.Run(cfg)
+    tokenizer = build_tokenizer(cfg).to(run.device)
+    optimizer = common.adamw(tokenizer, cfg.weight_decay)
+    loader = common.TrainLoader(train, cfg, run, cfg.img_size)
+    examples, _ = next(
+        common.eval_batches(val or train, cfg.img_size, run.device, limit=8, share=False)
+    )
+
+    def picture() -> dict[str, Tensor]:
+        with torch.no_grad():
+            return {"input": tokenizer.resized(examples),
+                    "decoded tokens": tokenizer.decode(tokenizer.encode(examples))}  # fmt: skip
+
+    run.print(f"a tokenizer of {cfg.epochs} epochs, for lack of --tokenizer, in {run.folder}:")
+    run.start(loader, model=tokenizer, optimizer=optimizer)
+    ddp = run.wrap(tokenizer, compile=False)  # its codebook changes at every step
+    for _ in run.epochs():
+        for micro_batches in run.steps():
+            run.set_lr(optimizer)
+            for imgs, _ in micro_batches:
+                with run.forward(ddp):
+                    _, _, losses = ddp(imgs)
+                run.backward(losses["loss"])
+                run.log(**losses)
+            run.update(optimizer)
+        run.end_epoch(picture=picture, **measure_tokenizer(run, tokenizer, val or train))
+    content = {"model": tokenizer.state_dict(), "tokenizer": tokenizer.settings}
+    if run.rank == 0:
+        path = run.folder / "tokenizer.pt"
+        common.write_atomically(path, lambda file: torch.save(content, file))
+        run.print(f"the tokenizer is in {path}")
+    return tokenizer
+
+
+def load_tokenizer(path) -> VQTokenizer:
+    """The tokenizer of a tokenizer.pt. UserError if it holds none."""
+    content = common.read_checkpoint(path)
+    try:
+        tokenizer = VQTokenizer(**content["tokenizer"])
+    except (KeyError, TypeError):
+        raise common.UserError(f"{path} holds no tokenizer") from None
+    common.load_strictly(tokenizer, content.get("model"), path)
+    return tokenizer
+
+
+def check_grid(tokenizer: VQTokenizer, cfg: Config) -> None:
+    """UserError unless the tokenizer has a token for each patch."""
+    (h, w), (rows, columns) = common.patch_grid(cfg.img_size, cfg.patch_size), tokenizer.grid
+    if (h, w) != (rows, columns):
+        sizes = f"--img-size {rows * cfg.patch_size}"
+        if cfg.img_size % rows == 0:
+            sizes += f" or --patch-size {cfg.img_size // rows}"
+        raise common.UserError(
+            f"{cfg.tokenizer} makes {rows}x{columns} tokens of an image, but --img-size "
+            f"{cfg.img_size} has {h}x{w} patches of {cfg.patch_size}: {sizes} would fit"
+        )
+
+
+# ------------------------------------------------------------------------------ the model
+
+
+def mim_token_loss(logits: Tensor, ids: Tensor, mask: Tensor, smoothing: float = 0.1) -> Tensor:
+    """logits (B, L, K), ids (B, L) in 0..K-1, mask (B, L), True = hidden -> cross-entropy, mean
+    over the hidden patches, in fp32; the target is 1 - smoothing, and smoothing shared by all."""
+    target = ids.masked_fill(~mask, -100)  # ignored
+    return F.cross_entropy(
+        logits.float().flatten(0, 1), target.flatten(), ignore_index=-100, label_smoothing=smoothing
+    )
+
+
+class SupervisedMIM(nn.Module):
+    """A classifier, `encoder` and `head` on its cls token, and beside it a `decoder` that predicts
+    the hidden patches of masked images: tokens if it has other outputs than pixels. Without decoder
+    this is the supervised baseline."""
+
+    def __init__(self, encoder: common.ViT, head: nn.Linear, decoder: common.Decoder | None = None,
+                 mask_ratio: float = 0.5, mim_weight: float = 1.0, target: str = "tokens",
+                 smoothing: float = 0.1):
+        super().__init__()
+        self.encoder, self.head, self.decoder = encoder, head, decoder
+        self.mask_ratio, self.mim_weight = mask_ratio, mim_weight
+        self.target, self.smoothing = target, smoothing
+
+    def classify(self, imgs: Tensor) -> Tensor:
+        """imgs (B, C, H, W) -> logits (B, classes)."""
+        return self.head(self.encoder(imgs)[:, 0])
+
+    def predict(self, imgs: Tensor) -> tuple[Tensor, Tensor]:
+        """imgs (B, C, H, W) -> outputs of the decoder (B, L, K) and mask (B, L), True = hidden."""
+        visible, mask = common.random_masking(
+            len(imgs), self.encoder.num_patches, self.mask_ratio, imgs.device
+        )
+        return self.decoder(self.encoder(imgs, visible), visible), mask
+
+    def forward(self, imgs: Tensor, labels: Tensor, token_ids: Tensor | None = None,
+                clean: Tensor | None = None):
+        """imgs (B, C, H, W), labels (B,) or, of mixed images, (B, classes); token_ids (B, L) of
+        `clean`, the images of the masked pass, by default imgs. -> loss, and stats without
+        gradient: class_loss, top1; token_loss, token_acc, or pixel_loss."""
+        logits = self.classify(imgs)
+        loss = F.cross_entropy(logits.float(), labels)
+        classes = labels if labels.ndim == 1 else labels.argmax(dim=1)
+        hits = (logits.argmax(dim=1) == classes).float()
+        stats = dict(class_loss=loss, top1=100 * hits.mean())
+        if self.decoder is not None:
+            clean = imgs if clean is None else clean
+            pred, mask = self.predict(clean)
+            if self.target == "tokens":
+                mim = mim_token_loss(pred, token_ids, mask, self.smoothing)
+                hits = (pred.argmax(dim=2) == token_ids) & mask
+                stats |= dict(token_loss=mim, token_acc=hits.sum() / mask.sum())
+            else:
+                patches = common.patchify(clean, self.encoder.patch_size)
+                mim = common.masked_mse(pred, patches, mask)
+                stats |= dict(pixel_loss=mim)
+            loss = loss + self.mim_weight * mim
+        return loss, {name: x.detach() for name, x in stats.items()}
+
+
+# ------------------------------------------------------------------------------ training
+
+
+class Augment:
+    """PIL image -> two: its random crop, flipped or not, after RandAugment; and before."""
+
+    def __init__(self, size: int, min_crop: float, magnitude: int):
+        self.crop = v2.Compose([
+            v2.RandomResizedCrop(size, (min_crop, 1.0), interpolation=common.BICUBIC),
+            v2.RandomHorizontalFlip(),
+        ])  # fmt: skip
+        self.change = v2.RandAugment(
+            2, magnitude, interpolation=common.BICUBIC, fill=[round(255 * x) for x in common.MEAN]
+        )
+
+    def __call__(self, image):
+        clean = self.crop(image)
+        return self.change(clean), clean
+
+
+class Best:
+    """The best validation top-1 of a run so far."""
+
+    def __init__(self):
+        self.top1, self.epoch = -1.0, 0
+
+    def state_dict(self) -> dict:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict) -> None:
+        self.top1, self.epoch = state["top1"], state["epoch"]
+
+
+@torch.no_grad()
+def reconstruct(model: SupervisedMIM, tokenizer: VQTokenizer | None, imgs: Tensor) -> dict:
+    """Rows of the reconstruction picture, label -> (N, 3, H, W) normalised images."""
+    pred, mask = model.predict(imgs)
+    if tokenizer is None:
+        return common.reconstruction_rows(imgs, pred, mask, model.encoder.patch_size)
+    p, (h, w) = model.encoder.patch_size, model.encoder.grid
+    hidden = mask.unflatten(1, (1, h, w)).repeat_interleave(p, 2).repeat_interleave(p, 3)
+    ids = tokenizer.encode(imgs)
+    rows = {"its tokens, decoded: the best that can be had": ids,
+            "hidden tokens predicted, all decoded": torch.where(mask, pred.argmax(dim=2), ids)}
+    rows = {label: F.interpolate(tokenizer.decode(x), imgs.shape[2:], mode="bilinear",
+                                 antialias=True) for label, x in rows.items()}  # fmt: skip
+    return {"input": imgs, "masked": imgs.masked_fill(hidden, 0)} | rows
+
+
+def save_classifier(path: Path, model: SupervisedMIM, classes: list[str], cfg: Config) -> None:
+    """Encoder and head under timm's names, the numbers that rebuild the ViT, class names."""
+    head = {f"head.{name}": x for name, x in model.head.state_dict().items()}
+    content = {"model": model.encoder.state_dict() | head, "vit": model.encoder.settings,
+               "classes": classes, "config": dataclasses.asdict(cfg)}  # fmt: skip
+    common.write_atomically(path, lambda file: torch.save(content, file))
+
+
+def build(cfg: Config, num_classes: int, codebook_size: int | None = None) -> SupervisedMIM:
+    """`codebook_size`: the tokenizer's, if it is not that of cfg."""
+    encoder, decoder = cfg.vit(), None
+    head = nn.Linear(encoder.embed_dim, num_classes)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    if cfg.mim_weight:  # last, so that encoder and head start as the baseline's do
+        heads = encoder.settings["num_heads"]
+        outputs = (codebook_size or cfg.codebook_size) if cfg.target == "tokens" else None
+        decoder = common.Decoder(encoder, encoder.embed_dim, cfg.decoder_depth, heads, outputs)
+    return SupervisedMIM(
+        encoder, head, decoder, mask_ratio=cfg.mask_ratio, mim_weight=cfg.mim_weight,
+        target=cfg.target, smoothing=cfg.token_smoothing,
+    )  # fmt: skip
+
+
+@common.entry_point
+def main(cfg: Config) -> None:
+    device = common.set_up_process(cfg.device)
+    place = "cpu" if cfg.randaug else device  # RandAugment works in the loader's processes
+    train, val = (
+        common.load_images(cfg.data, split, cfg.img_size, cfg.data_dir, place)
+        for split in ("train", "val")
+    )
+    if not cfg.train_tokenizer and (val is None or not train.classes):
+        raise common.UserError(
+            f"--data {cfg.data} has no labels, which this method needs: class folders in train/ "
+            "and val/"
+        )
+    tokenizer, parts = None, {}
+    if cfg.train_tokenizer or (cfg.mim_weight and cfg.target == "tokens"):
+        if cfg.tokenizer:
+            tokenizer = load_tokenizer(cfg.tokenizer)
+            check_grid(tokenizer, cfg)
+        else:
+            tokenizer = train_tokenizer(cfg, train, val)
+        tokenizer = parts["tokenizer"] = tokenizer.to(device).eval().requires_grad_(False)
+    if cfg.train_tokenizer:
+        return
+
+    run, best, classes = common.Run(cfg), Best(), len(train.classes)
+    model = build(cfg, classes, tokenizer and len(tokenizer.codebook)).to(run.device)
+    if cfg.init_from:
+        common.init_from(cfg.init_from, model)
+    optimizer = common.adamw(model, cfg.weight_decay, betas=(0.9, 0.999))
+    augment = Augment(cfg.img_size, cfg.min_crop, cfg.randaug) if cfg.randaug else None
+    loader = common.TrainLoader(train, cfg, run, cfg.img_size, augment)
+    mixup = v2.MixUp(alpha=cfg.mixup, num_classes=classes) if cfg.mixup else lambda *batch: batch
+    pictures = common.eval_batches(val, cfg.img_size, run.device, limit=8, share=False)
+    examples, _ = next(pictures)
+    picture = model.decoder and functools.partial(reconstruct, model, tokenizer, examples)
+    run.start(loader, val, model=model, optimizer=optimizer, best=best, **parts)
+    ddp = run.wrap(model)
+    for epoch in run.epochs():
+        for micro_batches in run.steps():
+            run.set_lr(optimizer)
+            for imgs, *clean, labels in micro_batches:
+                clean = clean[0] if clean else imgs
+                with run.forward(ddp):
+                    # Before mixup: of the very pixels that the masked pass is shown.
+                    token_ids = tokenizer.encode(clean) if tokenizer else None
+                    imgs, targets = mixup(imgs, labels)
+                    loss, stats = ddp(imgs, targets, token_ids, clean)
+                run.backward(loss)
+                run.log(loss=loss, **stats)
+            run.update(optimizer)
+        results = {}
+        if run.due(cfg.knn_every):
+            top1 = common.validate(run, model, model.classify, val, cfg.img_size)["top1"]
+            results = dict(val_top1=top1)
+            if top1 > best.top1:
+                best.top1, best.epoch = top1, epoch
+                if run.rank == 0:
+                    save_classifier(run.folder / "classifier.best.pt", model, train.classes, cfg)
+        if run.rank == 0:
+            save_classifier(run.folder / "classifier.pt", model, train.classes, cfg)
+        run.end_epoch(model.encoder, picture, **results)
+    run.finish()
+    if best.epoch:
+        run.print(f"best validation top-1 {best.top1:.1f}, after epoch {best.epoch}")
+
+
+if __name__ == "__main__":
+    main(common.parse(Config, PRESETS))
