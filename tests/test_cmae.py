@@ -445,30 +445,31 @@ def test_a_withheld_position_has_no_influence():
 
 # ------------------------------------------------------------------------------ several processes
 
-PROCESSES = """
-import sys
-import torch, torch.distributed as dist
-sys.path.insert(0, "tests")
-import cmae, common
-from test_cmae import model_of
+def compute_part(folder) -> None:
+    """This process's part of views.pt, its gradients and so on to a file."""
+    cfg = cmae.Config(img_size=16, device="cpu", out=str(folder))
+    run, model = common.Run(cfg), model_of()
+    views, (visible, mask) = torch.load(f"{folder}/views.pt")
+    part = slice(run.rank * 8 // run.world, (run.rank + 1) * 8 // run.world)
+    ddp = run.wrap(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "random_masking", lambda *args: (visible[part], mask[part]))
+        loss, stats = ddp(views[0][part], views[1][part], momentum=0.9)
+    loss.backward()
+    imgs, labels = common.draw_shapes(37, 16, 0)
+    crops = cmae.ContrastiveCrop(37, (0.2, 1.0), 0.1)
+    crops.update(run, model.encoder, common.Images(labels, ["a"], pixels=imgs))
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    result = stats, gradients, dict(model.named_buffers()), crops.boxes.clone()
+    torch.save(result, f"{folder}/{run.world}-{run.rank}.pt")
 
-folder = sys.argv[1]
-cfg = common.parse(cmae.Config, {}, ["--img-size", "16", "--device", "cpu", "--out", folder])
-run, model = common.Run(cfg), model_of()
-views, (visible, mask) = torch.load(f"{folder}/views.pt")
-part = slice(run.rank * 8 // run.world, (run.rank + 1) * 8 // run.world)
-common.random_masking = lambda *args: (visible[part], mask[part])
-ddp = run.wrap(model)
-loss, stats = ddp(views[0][part], views[1][part], momentum=0.9)
-loss.backward()
-imgs, labels = common.draw_shapes(37, 16, 0)
-crops = cmae.ContrastiveCrop(37, (0.2, 1.0), 0.1)
-crops.update(run, model.encoder, common.Images(labels, ["a"], pixels=imgs))
-gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-buffers = dict(model.named_buffers())
-torch.save((stats, gradients, buffers, crops.boxes.clone()), f"{folder}/{run.world}-{run.rank}.pt")
-if run.world > 1:
-    dist.destroy_process_group()  # else its threads may abort the interpreter's exit
+
+PROCESS = """
+import sys
+sys.path.insert(0, "tests")
+import test_cmae, torch.distributed as dist
+test_cmae.compute_part(sys.argv[1])
+dist.destroy_process_group()  # else its threads may abort the interpreter's exit
 """
 
 
@@ -476,11 +477,11 @@ def test_two_processes_compute_what_one_does_with_the_whole_batch(tmp_path):
     """Contrastive loss, BatchNorm statistics, gradients of everything, boxes of 37 images."""
     views = torch.randn(2, 8, 3, 16, 16)
     torch.save((views, common.random_masking(8, 16, 0.5)), tmp_path / "views.pt")
+    compute_part(tmp_path)
     script = tmp_path / "script.py"
-    script.write_text(PROCESSES)
-    for count in (0, 2):
-        done = run_script(script, tmp_path, torchrun=count, OMP_NUM_THREADS="1")
-        assert done.returncode == 0, done.stderr
+    script.write_text(PROCESS)
+    done = run_script(script, tmp_path, torchrun=2, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
     one, *two = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
     for stats, gradients, buffers, boxes in two:
         assert stats["contrastive"].item() == pytest.approx(one[0]["contrastive"].item(), rel=1e-5)

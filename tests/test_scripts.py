@@ -19,6 +19,7 @@ import common
 import eval_linear
 import mae_perceptual
 import mixed_ae
+import supervised_mim
 
 MAE = ["--variant", "mae", "--decoder-dim", "16", "--decoder-depth", "1", "--decoder-heads", "2"]
 
@@ -420,7 +421,7 @@ def test_real_images_learn(variant, depth, term, low, high, cifar_folder, tmp_pa
 
 
 SCRIPTS = {"mae_perceptual": mae_perceptual, "mixed_ae": mixed_ae, "cmae": cmae,
-           "eval_linear": eval_linear}  # fmt: skip
+           "supervised_mim": supervised_mim, "eval_linear": eval_linear}  # fmt: skip
 
 
 def commands_in(text: str) -> list[list[str]]:
@@ -444,7 +445,7 @@ def test_every_command_that_we_show_is_accepted(file, tmp_path, monkeypatch):
         cfg = common.parse(script.Config, getattr(script, "PRESETS", {}), command[at + 1 :])
         if hasattr(script, "build"):
             with torch.device("meta"):  # shapes, no memory
-                script.build(cfg)
+                script.build(cfg, *([1000] if script is supervised_mim else []))
 
 
 def test_help_has_every_flag_with_advice():

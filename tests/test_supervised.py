@@ -1,0 +1,744 @@
+"""Supervised MIM: tokenizer and losses against slow versions of their equations, then runs."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import ROOT, TINY, run_script, write_images
+from PIL import Image
+from torch.nn import functional as F
+from torchvision.transforms import v2
+
+import common
+import eval_linear
+import supervised_mim
+from supervised_mim import SupervisedMIM, VQTokenizer
+
+SMALL = ["--decoder-depth", "1", "--tokenizer-width", "4", "--codebook-size", "16",
+         "--codebook-dim", "8", "--tokenizer-epochs", "2"]  # fmt: skip
+
+
+def settings(out, data, *flags):
+    flags = [str(f) for f in (*TINY, *SMALL, "--out", out, "--data", data, *flags)]
+    return common.parse(supervised_mim.Config, supervised_mim.PRESETS, flags)
+
+
+def train(out, data, *flags):
+    supervised_mim.main(settings(out, data, *flags))
+
+
+def tokenizer_of(channels=3, **options) -> VQTokenizer:
+    """4 x 4 tokens, 16 codes."""
+    torch.manual_seed(0)
+    return VQTokenizer(16, 4, 16, dim=8, width=4, in_chans=channels, **options)
+
+
+def model_of(target="tokens", channels=3, **options) -> SupervisedMIM:
+    torch.manual_seed(0)
+    vit = common.ViT(16, 4, channels, embed_dim=24, depth=2, num_heads=3)
+    outputs = 16 if target == "tokens" else None
+    decoder = common.Decoder(vit, 24, 1, 3, outputs)
+    model = SupervisedMIM(vit, torch.nn.Linear(24, 5), decoder, target=target, **options)
+    with torch.no_grad():  # cls and biases that are not 0 would otherwise hide mistakes
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+def weights(folder, part="model") -> dict:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)[part]
+
+
+def metrics(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, shapes_folder):
+    """A whole run of three epochs."""
+    folder = tmp_path_factory.mktemp("trained")
+    train(folder, shapes_folder, "--epochs", "3", "--mixup", "0.5")
+    return folder
+
+
+# ------------------------------------------------------------------------------ tokenizer
+
+
+@pytest.mark.parametrize("size, stride, channels", [(16, 4, 3), ((16, 24), 8, 1), (32, 1, 5),
+                                                    (32, 16, 3), ((8, 4), 2, 3)])  # fmt: skip
+def test_shapes(size, stride, channels):
+    tokenizer = VQTokenizer(size, stride, 10, dim=6, width=4, in_chans=channels)
+    h, w = (size, size) if isinstance(size, int) else size
+    imgs = torch.randn(2, channels, h, w)
+    recon, ids, losses = tokenizer(imgs)
+    assert tokenizer.grid == (h // stride, w // stride)
+    assert recon.shape == imgs.shape and ids.shape == (2, h * w // stride**2)
+    assert ids.dtype == torch.int64 and 0 <= ids.min() and ids.max() < 10
+    assert losses.keys() == {"loss", "recon", "commitment"}
+    assert tokenizer.decode(ids).shape == imgs.shape
+    large = F.interpolate(imgs, (50, 70), mode="bicubic")
+    assert tokenizer.encode(large).shape == ids.shape
+
+
+def test_a_token_is_the_nearest_code():
+    tokenizer, z = tokenizer_of(), torch.randn(3, 16, 8)
+    tokenizer.codebook.mul_(torch.rand(16, 1) * 3)  # norms matter
+    ids = tokenizer.quantize(z)
+    for b in range(3):
+        for i in range(16):
+            distances = [(z[b, i] - code).square().sum().item() for code in tokenizer.codebook]
+            assert ids[b, i] == distances.index(min(distances))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(tokenizer.quantize(z), ids)
+
+
+def test_tokens_are_in_the_order_of_the_patches():
+    """Of all patches, a change in that of the same index moves a feature most, on average; without
+    the residual branches, whose view is wider than these images."""
+    tokenizer, imgs = tokenizer_of().eval(), torch.randn(64, 3, 16, 16)
+    with torch.no_grad():
+        for module in tokenizer.modules():
+            if isinstance(module, supervised_mim.ResBlock):
+                module.branch[-1].weight.zero_()
+        z, moves = tokenizer.features(imgs), []
+        for i in range(16):
+            patches = common.patchify(imgs, 4).clone()
+            patches[:, i] += torch.randn(64, 48)
+            changed = tokenizer.features(common.unpatchify(patches, 4, (4, 4)))
+            moves.append((changed - z).norm(dim=2).mean(dim=0))
+        assert torch.stack(moves).argmax(dim=0).tolist() == list(range(16))
+        ids = torch.zeros(1, 16, dtype=torch.int64)
+        ids[0, 6] = 3  # row 1, column 2
+        moved = (tokenizer.decode(ids) - tokenizer.decode(0 * ids)).abs().sum(dim=1)[0]
+    top, left = divmod(int(moved.argmax()), 16)
+    assert (top // 4, left // 4) == (1, 2)
+
+
+def test_losses_and_straight_through_gradients_equal_their_definitions():
+    tokenizer, imgs = tokenizer_of(), torch.randn(2, 3, 16, 16)
+    kept, features = [], tokenizer.features
+
+    def keep(x):
+        kept.append(features(x))
+        kept[0].retain_grad()
+        return kept[0]
+
+    tokenizer.features, before = keep, tokenizer.codebook.clone()
+    recon, ids, losses = tokenizer(imgs)
+    z, codes = kept[0], before[ids].requires_grad_()
+    slow = tokenizer.decoder(codes.transpose(1, 2).reshape(2, 8, 4, 4))
+    torch.testing.assert_close(recon, slow)
+    l1 = (slow - imgs).abs().mean()
+    commitment = (z - codes).square().sum() / z.numel()
+    torch.testing.assert_close(losses["recon"], l1)
+    torch.testing.assert_close(losses["commitment"], commitment)
+    torch.testing.assert_close(losses["loss"], l1 + 0.25 * commitment)
+    losses["loss"].backward(inputs=[z])
+    through, = torch.autograd.grad(l1, codes)  # goes to z as if it were the code
+    expected = through + 0.25 * 2 * (z - codes).detach() / z.numel()
+    torch.testing.assert_close(z.grad, expected, atol=1e-7, rtol=1e-4)
+    assert not tokenizer.codebook.requires_grad
+
+
+def test_the_codebook_follows_moving_averages():
+    """Three batches, against numbers; codes that nobody uses do not count here."""
+    tokenizer = tokenizer_of(decay=0.9)
+    usage, sums = torch.rand(16) + 3, torch.randn(16, 8)
+    tokenizer.usage.copy_(usage)
+    tokenizer.sums.copy_(sums)
+    usage, sums = usage.tolist(), sums.tolist()
+    for _ in range(3):
+        z, ids = torch.randn(40, 8), torch.randint(16, (40,))
+        tokenizer.update_codebook(z, ids)
+        for code in range(16):
+            mine = [z[i].tolist() for i in range(40) if ids[i] == code]
+            usage[code] = 0.9 * usage[code] + 0.1 * len(mine)
+            for d in range(8):
+                sums[code][d] = 0.9 * sums[code][d] + 0.1 * sum(vector[d] for vector in mine)
+                expected = sums[code][d] / usage[code]
+                assert tokenizer.codebook[code, d].item() == pytest.approx(expected, abs=1e-5)
+    assert tokenizer.usage.tolist() == pytest.approx(usage, rel=1e-5)
+
+
+def test_dead_codes_restart_at_vectors_of_the_batch():
+    tokenizer, z = tokenizer_of(decay=0.5), torch.randn(40, 8)
+    tokenizer.update_codebook(z, torch.zeros(40, dtype=torch.int64))
+    at = (tokenizer.codebook[:, None] - z).norm(dim=2)
+    # At first, all codes but the one that is used.
+    assert (at[1:].amin(dim=1) < 1e-3).all() and at[0].min() > 1e-3
+    assert len(set(at[1:].argmin(dim=1).tolist())) == 15  # different ones
+    assert tokenizer.usage[1:].tolist() == [2.5] * 15  # 40 / 16
+    tokenizer.usage[:] = 2.5
+    tokenizer.usage[3] = 0.4  # half of it is left, below 0.25, if it is not used
+    tokenizer.usage[4] = 0.6
+    before = tokenizer.sums / tokenizer.usage[:, None]
+    tokenizer.update_codebook(torch.randn(40, 8), torch.full((40,), 7))
+    moved = (tokenizer.codebook - before).norm(dim=1) > 1e-4
+    assert moved.nonzero()[:, 0].tolist() == [3, 7]
+    few = tokenizer_of()
+    few.update_codebook(z[:3], torch.zeros(3, dtype=torch.int64))  # fewer vectors than codes
+    assert (few.codebook[1:, None] - z[:3]).norm(dim=2).amin(dim=1).max() < 1e-3
+
+
+def test_only_training_moves_the_codebook():
+    tokenizer, imgs = tokenizer_of(), torch.randn(4, 3, 16, 16)
+    tokenizer.eval()
+    before = {name: x.clone() for name, x in tokenizer.named_buffers()}
+    tokenizer(imgs), tokenizer.encode(imgs)
+    assert all(torch.equal(x, before[name]) for name, x in tokenizer.named_buffers())
+    tokenizer.train()
+    tokenizer.encode(imgs)
+    assert torch.equal(tokenizer.codebook, before["codebook"])
+    tokenizer(imgs)
+    assert not torch.equal(tokenizer.codebook, before["codebook"]) and tokenizer.updates == 1
+
+
+def test_psnr_and_perplexity_equal_their_formulas():
+    imgs = common.normalize(torch.rand(3, 3, 8, 8) * 255)
+    others = imgs + 0.2 * torch.randn_like(imgs)
+    for i, value in enumerate(supervised_mim.psnr(imgs, others).tolist()):
+        a, b = (common.denormalize(x[i]).double().numpy() for x in (imgs, others))
+        assert value == pytest.approx(10 * math.log10(1 / ((a - b) ** 2).mean()), abs=1e-3)
+    even, used = supervised_mim.perplexity(torch.tensor([[0, 1, 2, 3], [0, 1, 2, 3]]), 8)
+    assert even == pytest.approx(4) and used == 0.5
+    even, used = supervised_mim.perplexity(torch.tensor([0, 0, 0, 1]), 4)
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert even == pytest.approx(math.exp(entropy)) and used == 0.5
+
+
+def train_tokenizer_on(folder) -> None:
+    run = common.Run(supervised_mim.Config(out=str(folder), device="cpu"))
+    tokenizer, imgs = tokenizer_of(), torch.load(f"{folder}/imgs.pt")
+    ddp = run.wrap(tokenizer)
+    optimizer = torch.optim.SGD(tokenizer.parameters(), lr=0.1)
+    for batch in imgs:
+        _, _, losses = ddp(batch[run.rank * 8 // run.world : (run.rank + 1) * 8 // run.world])
+        losses["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.save(tokenizer.state_dict(), f"{folder}/{run.world}-{run.rank}.pt")
+
+
+PROCESS = """
+import sys
+sys.path.insert(0, "tests")
+import test_supervised, torch.distributed as dist
+test_supervised.train_tokenizer_on(sys.argv[1])
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_train_the_tokenizer_that_one_does_with_the_whole_batch(tmp_path):
+    torch.save(torch.randn(4, 8, 3, 16, 16), tmp_path / "imgs.pt")
+    train_tokenizer_on(tmp_path)
+    script = tmp_path / "script.py"
+    script.write_text(PROCESS)
+    done = run_script(script, tmp_path, torchrun=2, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    one, *two = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    assert one["updates"] == 4
+    for state in two:
+        for name, x in state.items():
+            torch.testing.assert_close(x, one[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+# ------------------------------------------------------------------------------ the model
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_token_loss_equals_a_loop_over_hidden_patches(dtype, smoothing):
+    logits, ids = torch.randn(3, 6, 5).to(dtype).requires_grad_(), torch.randint(5, (3, 6))
+    mask = common.random_masking(3, 6, 0.5)[1]
+    mask[0] = True  # counts may differ: the mean is over patches, not over images
+    terms = []
+    for b in range(3):
+        for i in range(6):
+            if mask[b, i]:
+                p = [math.exp(x) for x in logits[b, i].tolist()]
+                target = [smoothing / 5 + (1 - smoothing) * (k == int(ids[b, i])) for k in range(5)]
+                log_p = [math.log(x / sum(p)) for x in p]
+                terms.append(-sum(t * x for t, x in zip(target, log_p, strict=True)))
+    loss = supervised_mim.mim_token_loss(logits, ids, mask, smoothing)
+    assert loss.item() == pytest.approx(sum(terms) / len(terms), rel=1e-5)
+    loss.backward()
+    assert torch.equal(logits.grad.abs().amax(dim=2) > 0, mask)
+
+
+@pytest.mark.parametrize("target", ["tokens", "pixels"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_forward_equals_two_passes_by_hand(target, mixed, monkeypatch):
+    model = model_of(target, mim_weight=0.7, smoothing=0.2)
+    imgs, clean = torch.randn(2, 4, 3, 16, 16)
+    labels, ids = torch.tensor([0, 4, 2, 2]), torch.randint(16, (4, 16))
+    targets = F.one_hot(labels, 5).float()
+    if mixed:
+        targets = 0.6 * targets + 0.4 * targets.roll(1, 0)
+    visible, mask = common.random_masking(4, 16, 0.5)
+    ratios = []
+    monkeypatch.setattr(common, "random_masking",
+                        lambda b, n, ratio, *_: ratios.append(ratio) or (visible, mask))
+    loss, stats = model(imgs, targets if mixed else labels, ids, clean)
+    assert ratios == [0.5]
+
+    logits = model.head(model.encoder(imgs)[:, 0])
+    class_loss = -(targets * logits.log_softmax(dim=1)).sum(dim=1).mean()
+    pred = model.decoder(model.encoder(clean, visible), visible)
+    assert pred.shape == (4, 16, 16 if target == "tokens" else 48)
+    if target == "tokens":
+        mim = supervised_mim.mim_token_loss(pred, ids, mask, 0.2)
+        hits = [(pred[b, i].argmax() == ids[b, i]).item()
+                for b in range(4) for i in range(16) if mask[b, i]]  # fmt: skip
+        assert stats["token_acc"].item() == pytest.approx(sum(hits) / 32)
+        assert stats["token_loss"].item() == pytest.approx(mim.item(), rel=1e-5)
+    else:
+        mim = common.masked_mse(pred, common.patchify(clean, 4), mask)
+        assert stats["pixel_loss"].item() == pytest.approx(mim.item(), rel=1e-5)
+    torch.testing.assert_close(loss, class_loss + 0.7 * mim)
+    assert stats["class_loss"].item() == pytest.approx(class_loss.item(), rel=1e-5)
+    right = (logits.argmax(dim=1) == labels).float().mean()  # labels have the larger part
+    assert stats["top1"].item() == pytest.approx(100 * right.item())
+    assert not any(x.requires_grad for x in stats.values())
+    torch.testing.assert_close(model(clean, labels, ids)[0], model(clean, labels, ids, clean)[0])
+
+
+def test_gradients_reach_what_they_should():
+    imgs, labels, ids = torch.randn(4, 3, 16, 16), torch.arange(4), torch.randint(16, (4, 16))
+    for weight, reached in ((1.0, True), (0.0, False)):
+        model = model_of(mim_weight=weight)
+        loss, _ = model(imgs, labels, ids)
+        loss.backward()
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                expected = reached or not name.startswith("decoder")
+                assert (p.grad.abs().max() > 0) == expected, name
+    model = model_of(mim_weight=1.0)
+    both, stats = model(imgs, labels, ids)
+    baseline = model_of()
+    baseline.decoder = None
+    class_only, _ = baseline(imgs, labels)
+    both.backward()
+    assert stats["class_loss"] == class_only  # the masked pass does not touch the other one
+    with_mim = model.head.weight.grad.clone()
+    model.zero_grad()
+    F.cross_entropy(model.classify(imgs), labels).backward()
+    torch.testing.assert_close(model.head.weight.grad, with_mim)
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_any_number_of_channels(channels):
+    model, tokenizer = model_of(channels=channels), tokenizer_of(channels)
+    imgs = torch.randn(2, channels, 16, 16)
+    loss, _ = model(imgs, torch.tensor([0, 1]), tokenizer.encode(imgs))
+    assert loss.isfinite()
+
+
+def test_one_batch_can_be_learnt_by_heart():
+    model, tokenizer = model_of(), tokenizer_of()
+    imgs, labels = common.draw_shapes(8, 16, 0)
+    imgs, labels = common.normalize(imgs), labels % 5
+    tokenizer(imgs)
+    ids, optimizer = tokenizer.encode(imgs), torch.optim.AdamW(model.parameters(), lr=3e-3)
+    assert len(ids.unique()) > 8
+    for _ in range(150):
+        loss, stats = model(imgs, labels, ids)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert stats["top1"] == 100 and stats["token_acc"] > 0.6 and stats["class_loss"] < 0.1
+
+
+# ------------------------------------------------------------------------------ alignment
+
+
+def watch(monkeypatch) -> list:
+    """Collects what the model is given."""
+    calls, original = [], SupervisedMIM.forward
+
+    def forward(model, imgs, labels, token_ids=None, clean=None):
+        calls.append((imgs, labels, token_ids, clean))
+        return original(model, imgs, labels, token_ids, clean)
+
+    monkeypatch.setattr(SupervisedMIM, "forward", forward)
+    return calls
+
+
+def test_tokens_are_those_of_the_pixels_before_mixup(trained, shapes_folder, monkeypatch, tmp_path):
+    calls, file = watch(monkeypatch), trained / "tokenizer" / "tokenizer.pt"
+    train(tmp_path, shapes_folder, "--mixup", "0.5", "--steps", "3", "--tokenizer", file)
+    tokenizer, shares = supervised_mim.load_tokenizer(file), []
+    for imgs, labels, ids, clean in calls:
+        assert torch.equal(tokenizer.encode(clean), ids)
+        other = clean.roll(1, 0)
+        share = ((imgs - other) * (clean - other)).sum() / (clean - other).square().sum()
+        torch.testing.assert_close(imgs, share * clean + (1 - share) * other, atol=1e-4, rtol=1e-3)
+        assert labels.sum(dim=1).tolist() == pytest.approx([1] * 16)
+        most = max(share.item(), 1 - share.item())
+        assert most - 1e-3 <= labels.max().item() <= 1 + 1e-6
+        shares.append(round(share.item(), 4))
+    assert len(set(shares)) == 3
+
+
+def test_tokens_are_those_of_the_crop_before_randaugment(
+    trained, shapes_folder, monkeypatch, tmp_path
+):
+    """Half of the crops are mirrored, and so is what the tokens are of."""
+    calls, file = watch(monkeypatch), trained / "tokenizer" / "tokenizer.pt"
+    monkeypatch.setattr(v2, "RandAugment", lambda *args, **kwargs: v2.RandomInvert(p=1))
+    train(tmp_path, shapes_folder, "--steps", "4", "--tokenizer", file, "--randaug", "9",
+          "--min-crop", "0.999")  # fmt: skip
+    tokenizer, mirrored = supervised_mim.load_tokenizer(file), 0
+    originals = common.normalize(common.load_images(str(shapes_folder), "train", 16).pixels)
+    for imgs, _, ids, clean in calls:
+        pixels, changed = (common.denormalize(x) for x in (clean, imgs))
+        torch.testing.assert_close(changed, 1 - pixels, atol=1e-4, rtol=0)
+        assert torch.equal(tokenizer.encode(clean), ids)
+        for img in clean:
+            whole, flipped = ((x - img).abs().mean(dim=(1, 2, 3)).min() for x in
+                              (originals, originals.flip(3)))  # fmt: skip
+            assert min(whole, flipped) < 0.15  # the crop has up to all but one row or column
+            mirrored += int(flipped < whole)
+    assert 10 < mirrored < 54
+
+
+def test_augment_changes_one_of_two_equal_crops():
+    img = v2.functional.to_pil_image(common.draw_shapes(1, 40, 0)[0][0])
+    augment, changed = supervised_mim.Augment(16, 0.5, 15), 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        after, before = augment(img)
+        torch.manual_seed(seed)
+        assert augment.crop(img).tobytes() == before.tobytes()
+        assert after.size == before.size == (16, 16)
+        changed += after.tobytes() != before.tobytes()
+    assert changed > 12
+    assert (augment.change.num_ops, augment.change.magnitude) == (2, 15)
+    assert augment.change.num_magnitude_bins == 31
+
+
+# ------------------------------------------------------------------------------ runs
+
+
+def test_a_run_and_its_evaluation(trained, capsys):
+    names = {path.name for path in trained.iterdir()}
+    assert {"classifier.pt", "classifier.best.pt", "encoder.pt", "recon_0003.png"} <= names
+    assert {"tokenizer.pt", "metrics.jsonl", "recon_0002.png"} <= {
+        path.name for path in (trained / "tokenizer").iterdir()
+    }
+    for line in metrics(trained):
+        expected = line["class_loss"] + line["token_loss"]
+        assert line["loss"] == pytest.approx(expected, rel=1e-5)
+        assert {"top1", "token_acc", "val_top1", "knn", "retrieval_1nn"} <= line.keys()
+    for line in metrics(trained / "tokenizer"):
+        expected = line["recon"] + 0.25 * line["commitment"]
+        assert line["loss"] == pytest.approx(expected, rel=1e-5)
+        assert 5 < line["psnr"] < 30 and 1 <= line["perplexity"] <= 16 * line["codes_used"] + 1e-6
+    for name in ("recon_0003.png", "tokenizer/recon_0002.png"):
+        with Image.open(trained / name) as picture:
+            assert picture.width > 8 * 90 and picture.height > 2 * 90
+
+    classifier = torch.load(trained / "classifier.pt", weights_only=True)
+    model, plain = weights(trained), common.ViT(16, 4, embed_dim=192, depth=1, num_heads=3)
+    assert set(classifier["model"]) == {*plain.state_dict(), "head.weight", "head.bias"}
+    assert torch.equal(classifier["model"]["head.weight"], model["head.weight"])
+    assert classifier["classes"] == sorted(common.SHAPES)
+    encoder = torch.load(trained / "encoder.pt", weights_only=True)["model"]
+    assert encoder.keys() == plain.state_dict().keys()
+    assert torch.equal(encoder["cls_token"], classifier["model"]["cls_token"])
+    imgs = torch.randn(2, 3, 16, 16)
+    assert torch.equal(*(common.load_encoder(trained / f"{name}.pt")(imgs)
+                         for name in ("encoder", "classifier")))  # fmt: skip
+    for source in (trained, trained / "classifier.best.pt"):
+        arguments = [str(source), "--mode", "knn", "--device", "cpu"]
+        eval_linear.main(common.parse(eval_linear.Config, {}, arguments))
+        assert "knn" in capsys.readouterr().out
+
+
+def test_validation_equals_a_loop(trained, shapes_folder):
+    """The last line's val_top1, of the exported encoder and head."""
+    state = torch.load(trained / "classifier.pt", weights_only=True)["model"]
+    encoder, hits = common.load_encoder(trained / "classifier.pt").eval(), 0
+    val = common.load_images(str(shapes_folder), "val", 16)
+    for img, label in zip(common.normalize(val.pixels), val.labels, strict=True):
+        logits = state["head.weight"] @ encoder(img[None])[0, 0] + state["head.bias"]
+        hits += int(logits.argmax() == label)
+    assert metrics(trained)[-1]["val_top1"] == pytest.approx(100 * hits / len(val), abs=0.01)
+
+
+def test_without_mim_it_is_the_supervised_baseline_bit_for_bit(tmp_path, shapes_folder, trained):
+    """Against a loop that knows no masks, tokens or decoders."""
+    flags = ["--epochs", "2", "--mixup", "0.5", "--clip-grad", "1", "--depth", "2"]
+    train(tmp_path, shapes_folder, *flags, "--mim-weight", "0")
+    assert not (tmp_path / "tokenizer").exists() and not list(tmp_path.glob("recon_*"))
+    cfg = settings("unused", shapes_folder, *flags)
+    train_set = common.load_images(str(shapes_folder), "train", 16)
+    run = common.Run(cfg)
+    loader = common.TrainLoader(train_set, cfg, run, 16)
+    torch.manual_seed(common.random_seed("init", 0))
+    vit, head = common.ViT(16, 4, embed_dim=192, depth=2, num_heads=3), torch.nn.Linear(192, 10)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    parameters = [p for m in (vit, head) for p in m.parameters() if p.requires_grad]
+    matrices = [p for p in parameters if p.ndim > 1]
+    vectors = [p for p in parameters if p.ndim == 1]
+    optimizer = torch.optim.AdamW([
+        {"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0},
+    ], betas=(0.9, 0.999), fused=True)  # fmt: skip
+    mixup, losses = v2.MixUp(alpha=0.5, num_classes=10), []
+    for step in range(8):
+        if step % 4 == 0:
+            batches = loader.batches(step)
+        rate = common.warmup_cosine(step, 8, 0.3 * 4, 1e-3)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        imgs, labels = next(batches)
+        torch.manual_seed(common.random_seed("model", 0, step, 0))
+        imgs, labels = mixup(imgs, labels)
+        loss = F.cross_entropy(head(vit(imgs)[:, 0]), labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(matrices + vectors, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    expected = {f"encoder.{k}": x for k, x in vit.state_dict().items()}
+    expected |= {f"head.{k}": x for k, x in head.state_dict().items()}
+    got = weights(tmp_path)
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in got)
+    assert metrics(tmp_path)[0]["loss"] == pytest.approx(sum(losses[:4]) / 4, rel=1e-6)
+    assert losses[0] == pytest.approx(math.log(10), rel=1e-5)  # the head starts at zero
+
+
+def test_the_class_branch_of_the_first_step_is_the_baseline_s(tmp_path, shapes_folder, trained):
+    """Same weights, images, mixup: beside it the masked pass changes nothing."""
+    flags = ["--steps", "1", "--mixup", "0.5", "--randaug", "5"]
+    file = trained / "tokenizer" / "tokenizer.pt"
+    train(tmp_path / "mim", shapes_folder, *flags, "--tokenizer", file)
+    train(tmp_path / "baseline", shapes_folder, *flags, "--mim-weight", "0")
+    train(tmp_path / "pixels", shapes_folder, *flags, "--target", "pixels")
+    assert not (tmp_path / "pixels" / "tokenizer").exists()
+    a, b, c = (metrics(tmp_path / name)[0] for name in ("mim", "baseline", "pixels"))
+    assert a["class_loss"] == b["class_loss"] == c["class_loss"] == b["loss"]
+    assert "token_loss" in a and "pixel_loss" in c and not {"token_loss", "pixel_loss"} & b.keys()
+    a, b = (torch.load(tmp_path / name / "encoder.pt")["model"] for name in ("mim", "baseline"))
+    assert a.keys() == b.keys()
+
+
+def test_the_tokenizer_is_frozen_and_kept_in_the_checkpoint(trained):
+    file = torch.load(trained / "tokenizer" / "tokenizer.pt", weights_only=True)
+    kept = weights(trained, "tokenizer")
+    assert kept.keys() == file["model"].keys()
+    assert all(torch.equal(x, file["model"][name]) for name, x in kept.items())
+    assert kept["updates"] == 8  # two epochs of four steps, none in the main run
+
+
+def test_best_and_last(tmp_path, shapes_folder, monkeypatch, capsys):
+    scores = iter([30.0, 50.0, 40.0, 45.0])
+    monkeypatch.setattr(common, "validate", lambda *args: {"top1": next(scores)})
+    flags = ["--epochs", "5", "--mim-weight", "0", "--knn-every", "1"]
+    for steps in ("8", "12", "16"):  # a resumed run knows what was best
+        train(tmp_path, shapes_folder, *flags, "--steps", steps)
+        if steps == "8":
+            best = weights(tmp_path)
+    assert "best validation top-1 50.0, after epoch 2" in capsys.readouterr().out
+    assert [x["val_top1"] for x in metrics(tmp_path)] == [30, 50, 40, 45]
+    for name, model in (("classifier.best.pt", best), ("classifier.pt", weights(tmp_path))):
+        state = torch.load(tmp_path / name, weights_only=True)["model"]
+        assert torch.equal(state["cls_token"], model["encoder.cls_token"])
+        assert torch.equal(state["head.bias"], model["head.bias"])
+    assert not torch.equal(best["head.bias"], weights(tmp_path)["head.bias"])
+
+
+def test_stopped_and_resumed_equals_uninterrupted(tmp_path, shapes_folder, trained):
+    """In the tokenizer's training, too, and between the two."""
+    flags = ["--epochs", "3", "--mixup", "0.5"]
+    for more in (["--train-tokenizer", "--steps", "3"], ["--train-tokenizer"], ["--steps", "3"],
+                 ["--steps", "5"], []):  # fmt: skip
+        train(tmp_path, shapes_folder, *flags, *more)
+        started = (tmp_path / "checkpoint.pt").exists()
+        assert started == ("--train-tokenizer" not in more)
+    for part in ("model", "tokenizer"):
+        a, b = weights(trained, part), weights(tmp_path, part)
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_two_processes_equal_one(tmp_path, shapes_folder, trained):
+    flags = ["--epochs", "2", "--tokenizer", trained / "tokenizer" / "tokenizer.pt"]
+    arguments = ["--data", shapes_folder, *TINY, *SMALL, *flags, "--out", tmp_path / "two"]
+    done = run_script(ROOT / "supervised_mim.py", *arguments, torchrun=2, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    train(tmp_path / "one", shapes_folder, *flags, "--accumulate", "2")
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in a:  # where a gradient is tiny, Adam shows the order of a sum
+        torch.testing.assert_close(b[name], a[name], atol=2e-4, rtol=0, msg=name)
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        for name in ("loss", "class_loss", "token_loss"):
+            assert two[name] == pytest.approx(one[name], rel=1e-3), name
+        assert two["val_top1"] == pytest.approx(one["val_top1"], abs=7)  # 2 of 32 images
+
+
+def test_files_and_workers_resume_bit_for_bit(tmp_path, monkeypatch):
+    """Decoded, cropped and RandAugmented by workers."""
+    for split, count in (("train", 48), ("val", 16)):
+        write_images(tmp_path / "data" / split, count, 24, seed=0)
+    monkeypatch.setattr(common, "RESIDENT_BYTES", 0)
+    flags = ["--epochs", "2", "--randaug", "15", "--mixup", "0.5"]
+    train(tmp_path / "whole", tmp_path / "data", *flags)
+    train(tmp_path / "parts", tmp_path / "data", *flags, "--steps", "2")
+    train(tmp_path / "parts", tmp_path / "data", *flags, "--workers", "2")
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--precision", "fp16"]])
+def test_half_precision_trains(flags, tmp_path, shapes_folder, trained):
+    file = trained / "tokenizer" / "tokenizer.pt"
+    train(tmp_path, shapes_folder, "--epochs", "2", "--tokenizer", file, *flags)
+    assert metrics(tmp_path)[-1]["loss"] < 6
+
+
+def test_the_tokenizer_trains_in_half_precision():
+    tokenizer, imgs = tokenizer_of(), torch.randn(2, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, ids, losses = tokenizer(imgs)
+    losses["loss"].backward()
+    assert all(p.grad.isfinite().all() for p in tokenizer.parameters())
+    assert tokenizer.codebook.dtype == losses["recon"].dtype == torch.float32
+    assert len(ids.unique()) > 1
+
+
+def test_compiled_it_computes_the_same(monkeypatch):
+    """Traced whole, forward and backward, but not translated to C++, which takes long."""
+    model, imgs = model_of(), torch.randn(4, 3, 16, 16)
+    labels, ids = torch.arange(4), torch.randint(16, (4, 16))
+    masking = common.random_masking(4, 16, 0.5)  # compiled code draws other numbers
+    monkeypatch.setattr(common, "random_masking", lambda *args: masking)
+    loss, stats = model(imgs, labels, ids)
+    model.compile(backend="aot_eager", fullgraph=True)
+    compiled, compiled_stats = model(imgs, labels, ids)
+    torch.testing.assert_close((compiled, compiled_stats), (loss, stats))
+    gradients = [torch.autograd.grad(x, model.head.weight)[0] for x in (loss, compiled)]
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-3)
+
+
+def test_init_from_a_run_and_from_an_encoder(tmp_path, shapes_folder, trained, capsys):
+    flags = ["--steps", "1", "--lr", "1e-9", "--tokenizer", trained / "tokenizer" / "tokenizer.pt"]
+    for file, missing in (("checkpoint.pt", set()), ("classifier.pt", {"head", "decoder"})):
+        train(tmp_path / file, shapes_folder, *flags, "--init-from", trained / file)
+        started = weights(tmp_path / file)
+        for name, x in weights(trained).items():
+            if name.partition(".")[0] not in missing:
+                torch.testing.assert_close(started[name], x, atol=1e-6, rtol=0, msg=name)
+        assert ("has no decoder, head" in capsys.readouterr().err) == bool(missing)
+
+
+def test_the_optimiser_is_the_recipe_s(tmp_path, shapes_folder):
+    train(tmp_path, shapes_folder, "--steps", "1", "--mim-weight", "0", "--weight-decay", "0.1")
+    matrices, vectors = weights(tmp_path, "optimizer")["param_groups"]
+    assert matrices["betas"] == vectors["betas"] == (0.9, 0.999)
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0)
+
+
+def test_the_imagenet_preset_is_the_published_recipe():
+    arguments = ["--preset", "imagenet"]
+    cfg = common.parse(supervised_mim.Config, supervised_mim.PRESETS, arguments)
+    assert (cfg.size, cfg.img_size, cfg.patch_size) == ("base", 224, 14)
+    assert (cfg.epochs, cfg.batch_size, cfg.lr, cfg.clip_grad) == (300, 4096, 1e-3, 1.0)
+    assert cfg.lr * cfg.weight_decay == pytest.approx(1e-4)
+    assert round(cfg.warmup_epochs * (1281167 // 4096)) == 10000
+    assert (cfg.mixup, cfg.randaug, cfg.min_crop) == (0.5, 15, 0.05)
+    assert (cfg.mask_ratio, cfg.mim_weight, cfg.target) == (0.5, 1.0, "tokens")
+    assert (cfg.decoder_depth, cfg.token_smoothing) == (2, 0.1)
+    assert (cfg.codebook_size, cfg.codebook_dim) == (1024, 256)
+    with torch.device("meta"):
+        model, tokenizer = supervised_mim.build(cfg, 1000), supervised_mim.build_tokenizer(cfg)
+    assert tokenizer.grid == model.encoder.grid == (16, 16) and tokenizer.img_size == (256, 256)
+    assert model.decoder.pred.out_features == 1024 and len(model.decoder.blocks) == 2
+    assert model.decoder.mask_token.shape[2] == 768
+    assert model.decoder.blocks[0].attn.num_heads == 12
+
+
+@pytest.mark.parametrize("patch_size, stride", [(4, 4), (8, 8), (14, 16), (16, 16), (7, 8), (1, 1)])
+def test_the_stride_matches_the_patches(patch_size, stride):
+    cfg = supervised_mim.Config(img_size=4 * patch_size, patch_size=patch_size, tokenizer_width=4)
+    tokenizer = supervised_mim.build_tokenizer(cfg)
+    assert tokenizer.grid == (4, 4) and tokenizer.img_size == (4 * stride, 4 * stride)
+
+
+def test_real_images_learn(cifar_folder, tmp_path):
+    """Tokenizer and model, RandAugment and mixup included."""
+    flags = ["--preset", "cifar", "--data", str(cifar_folder), "--depth", "2", "--device", "cpu",
+             "--decoder-depth", "1", "--batch-size", "32", "--epochs", "2", "--steps", "50",
+             "--warmup-epochs", "0.25", "--workers", "0", "--tokenizer-epochs", "1",
+             "--tokenizer-width", "4", "--codebook-size", "64", "--knn-every", "0",
+             "--patch-size", "8", "--out", str(tmp_path)]  # fmt: skip
+    supervised_mim.main(common.parse(supervised_mim.Config, supervised_mim.PRESETS, flags))
+    (line,), (tokenizer,) = metrics(tmp_path), metrics(tmp_path / "tokenizer")
+    assert tokenizer["psnr"] > 13 and tokenizer["codes_used"] > 0.4
+    assert line["class_loss"] < math.log(10) and line["token_loss"] < math.log(64)
+
+
+# ------------------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--mim-weight", "-1"], "--mim-weight must be at least 0"),
+    (["--token-smoothing", "1.5"], "--token-smoothing must be at most 1"),
+    (["--randaug", "31"], "--randaug must be at most 30"),
+    (["--tokenizer", "absent.pt"], "--tokenizer absent.pt: no such file"),
+    (["--tokenizer", __file__, "--train-tokenizer"], "it takes no --tokenizer"),
+    (["--tokenizer", __file__], "is truncated or not a checkpoint"),
+    (["--codebook-size", "0"], "--codebook-size must be at least 1"),
+    (["--tokenizer-lr", "0"], "--tokenizer-lr must be above 0"),
+    (["--target", "colours"], "invalid choice: 'colours'"),
+    (["--preset", "imagenet"], "--data imagenet: no such folder"),
+    (["--decoder-depth", "0"], "--decoder-depth must be at least 1"),
+])  # fmt: skip
+def test_mistakes_are_one_line_and_leave_nothing(flags, message, tmp_path, capsys):
+    assert message in mistake(capsys, "--out", tmp_path / "run", *flags)
+    assert not (tmp_path / "run").exists()
+
+
+def mistake(capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as end:
+        arguments = [str(x) for x in arguments]
+        supervised_mim.main(
+            common.parse(supervised_mim.Config, supervised_mim.PRESETS, arguments)
+        )
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1, error
+    return error
+
+
+def test_labels_are_needed_but_not_by_the_tokenizer(tmp_path, capsys):
+    write_images(tmp_path / "flat", 32, 16, seed=0, labelled=False)
+    write_images(tmp_path / "half" / "train", 32, 16, seed=0)
+    for data in ("flat", "half"):
+        flags = [*TINY, *SMALL, "--data", tmp_path / data, "--out", tmp_path / "run"]
+        assert "has no labels, which this method needs" in mistake(capsys, *flags)
+        assert not (tmp_path / "run").exists()
+    train(tmp_path / "run", tmp_path / "flat", "--train-tokenizer")
+    assert (tmp_path / "run" / "tokenizer" / "tokenizer.pt").exists()
+    assert not (tmp_path / "run" / "encoder.pt").exists()
+
+
+def test_a_tokenizer_of_another_grid_is_refused_with_sizes_that_fit(
+    tmp_path, shapes_folder, trained, capsys
+):
+    file = trained / "tokenizer" / "tokenizer.pt"  # 4 x 4
+    flags = [*TINY, *SMALL, "--data", shapes_folder, "--out", tmp_path / "run", "--tokenizer", file]
+    error = mistake(capsys, *flags, "--img-size", "32")
+    assert "makes 4x4 tokens of an image" in error and "has 8x8 patches of 4" in error
+    assert "--img-size 16 or --patch-size 8 would fit" in error
+    other = tmp_path / "other.pt"
+    torch.save({"model": {}}, other)
+    assert "holds no tokenizer" in mistake(capsys, *flags[:-1], other)
+    content = torch.load(file)
+    content["model"].pop("codebook")
+    torch.save(content, other)
+    assert 'does not fit: ' in mistake(capsys, *flags[:-1], other)
+    # Any size of its own serves if its grid is that of the patches.
+    train(tmp_path / "fits", shapes_folder, "--img-size", "32", "--patch-size", "8", "--steps", "1",
+          "--tokenizer", file)  # fmt: skip
+    assert metrics(tmp_path / "fits")[0]["token_loss"] > 0
