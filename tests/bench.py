@@ -5,13 +5,15 @@
     python tests/bench.py --methods ls msg msg-ada          # what Perceptual MAE costs beside MAE
     python tests/bench.py --methods mixed_ae naive-mixing   # and MixedAE
     python tests/bench.py --methods cmae cmae-one-view      # and CMAE, with and without contrast
+    python tests/bench.py --methods mim-tokens mim-pixels   # Supervised MIM beside its baseline
+    python tests/bench.py --methods mim-inference           # classification beside its baseline
     python tests/bench.py --decode FOLDER                   # images/s decoded and cropped by a core
 
 A training step of MAE (mae_perceptual.py --variant mae) against the same model built from timm's
 PatchEmbed and Block (if timm is installed), or against other methods: forward, losses, backward,
-optimisers, in turn. The median over --rounds; the mean over 16 for ls, msg and msg-ada, of which
-some steps do more. Peak memory is that of a process of its own (CPU: Linux, the growth of its
-resident set).
+optimisers, in turn; Supervised MIM, with its tokenizer, against its own supervised baseline. The
+median over --rounds; the mean over 16 for ls, msg and msg-ada, of which some steps do more. Peak
+memory is that of a process of its own (CPU: Linux, the growth of its resident set).
 """
 
 import argparse
@@ -31,6 +33,7 @@ import cmae
 import common
 import mae_perceptual
 import mixed_ae
+import supervised_mim
 
 try:
     import timm
@@ -39,6 +42,8 @@ except ImportError:
 
 ADVERSARIAL, MIXING = ("ls", "msg", "msg-ada"), ("mixed_ae", "naive-mixing")
 TWO_VIEWS = ("cmae", "cmae-one-view")
+BASELINE = {"mim-tokens": "supervised", "mim-pixels": "supervised",
+            "mim-inference": "supervised-inference"}  # fmt: skip
 
 
 class TimmMAE(nn.Module):
@@ -132,11 +137,34 @@ def adversarial_step(cfg, imgs: torch.Tensor):
     return step
 
 
+def supervised_step(name: str, preset: str, batch: int, device: torch.device):
+    cfg = supervised_mim.Config(**supervised_mim.PRESETS[preset])
+    cfg = dataclasses.replace(cfg, mim_weight=float(name.startswith("mim")),
+                              target="pixels" if name == "mim-pixels" else "tokens")  # fmt: skip
+    model = supervised_mim.build(cfg, 1000).to(device)
+    imgs = torch.randn(batch, 3, cfg.img_size, cfg.img_size, device=device)
+    labels = torch.randint(1000, (batch,), device=device)
+    tokenizer = supervised_mim.build_tokenizer(cfg).to(device).eval().requires_grad_(False)
+
+    def loss_of(model: nn.Module, imgs: torch.Tensor) -> torch.Tensor:
+        token_ids = tokenizer.encode(imgs) if name == "mim-tokens" else None
+        return model(imgs, labels, token_ids)[0]
+
+    @torch.no_grad()
+    def classify() -> None:
+        with autocast(device):
+            model.classify(imgs)
+
+    return classify if name.endswith("inference") else plain_step(model, loss_of, imgs)
+
+
 def autocast(device: torch.device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def make_step(name: str, preset: str, batch: int, device: torch.device):
+    if name in BASELINE or name in BASELINE.values():
+        return supervised_step(name, preset, batch, device)
     cfg = mae_perceptual.Config(**mae_perceptual.PRESETS[preset] | {"lr_decay": None})
     imgs = torch.randn(batch, 3, cfg.img_size, cfg.img_size, device=device)
     if name in ADVERSARIAL:
@@ -195,7 +223,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--decode", metavar="FOLDER")
-    parser.add_argument("--methods", nargs="+", choices=("timm", *ADVERSARIAL, *MIXING, *TWO_VIEWS))
+    choices = ("timm", *ADVERSARIAL, *MIXING, *TWO_VIEWS, *BASELINE)
+    parser.add_argument("--methods", nargs="+", choices=choices)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.decode:
@@ -205,7 +234,12 @@ def main() -> None:
     if args.memory_of:
         return print(peak_memory(args.memory_of, args.preset, args.batch, device))
 
-    names = ["mae", *(args.methods or ["timm"] * bool(timm))]
+    methods = args.methods or ["timm"] * bool(timm)
+    baselines = {BASELINE.get(name, "mae") for name in methods} or {"mae"}
+    if len(baselines) > 1:
+        parser.error(f"these have different baselines: {', '.join(sorted(baselines))}")
+    baseline, = baselines
+    names = [baseline, *methods]
     rounds, average = args.rounds, statistics.median
     if set(names) & set(ADVERSARIAL):
         rounds, average = 16, statistics.mean
@@ -225,9 +259,9 @@ def main() -> None:
     for name, seconds in times.items():
         command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", name]
         memory = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        middle, ratio = average(seconds), average(seconds) / average(times["mae"])
-        print(f"{name:12s} {1000 * middle:8.1f} ms a step {args.batch / middle:8.0f} images/s"
-              f" {memory:8.0f} MiB peak {ratio:8.3f} x mae's time")  # fmt: skip
+        middle, ratio = average(seconds), average(seconds) / average(times[baseline])
+        print(f"{name:20s} {1000 * middle:8.1f} ms a step {args.batch / middle:8.0f} images/s"
+              f" {memory:8.0f} MiB peak {ratio:8.3f} x {baseline}'s time")  # fmt: skip
 
 
 if __name__ == "__main__":
