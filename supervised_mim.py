@@ -20,7 +20,7 @@ decoder is dropped afterwards: no cost at inference. Unlike MAE (He et al., CVPR
 
 The tokenizer. Without --tokenizer FILE one is trained first, for --tokenizer-epochs, in the folder
 tokenizer/ of the run; what is there already is used, or finished. --train-tokenizer does only that.
-A run keeps, in its checkpoint, the tokenizer that it began with.
+A run keeps, in its checkpoint, the tokenizer that it began with. --restart restarts both.
 
 Equation -> code. x: image, cropped, flipped; x': RandAugment of x, mixed up with another image.
     z       = encoder of the tokenizer (x), one vector per patch               VQTokenizer.features
@@ -299,7 +299,7 @@ def train_tokenizer(cfg: Config, train: common.Images, val: common.Images | None
             return {"input": tokenizer.resized(examples),
                     "decoded tokens": tokenizer.decode(tokenizer.encode(examples))}  # fmt: skip
 
-    run.print(f"a tokenizer of {cfg.epochs} epochs, for lack of --tokenizer, in {run.folder}:")
+    run.print(f"tokenizer, {cfg.epochs} epochs (--tokenizer FILE takes a finished one):")
     run.start(loader, model=tokenizer, optimizer=optimizer)
     ddp = run.wrap(tokenizer, compile=False)  # its codebook changes at every step
     for _ in run.epochs():

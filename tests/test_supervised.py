@@ -455,6 +455,18 @@ def test_a_run_and_its_evaluation(trained, capsys):
         assert "knn" in capsys.readouterr().out
 
 
+def test_timm_takes_the_classifier(trained):
+    timm = pytest.importorskip("timm")
+    content = torch.load(trained / "classifier.pt", weights_only=True)
+    theirs = timm.models.VisionTransformer(16, 4, num_classes=10, embed_dim=192, depth=1,
+                                           num_heads=3).eval()  # fmt: skip
+    theirs.load_state_dict(content["model"])
+    encoder, imgs = common.load_encoder(trained / "classifier.pt"), torch.randn(2, 3, 16, 16)
+    head = content["model"]["head.weight"], content["model"]["head.bias"]
+    torch.testing.assert_close(theirs(imgs), F.linear(encoder(imgs)[:, 0], *head),
+                               atol=1e-5, rtol=1e-4)  # fmt: skip
+
+
 def test_validation_equals_a_loop(trained, shapes_folder):
     """The last line's val_top1, of the exported encoder and head."""
     state = torch.load(trained / "classifier.pt", weights_only=True)["model"]
