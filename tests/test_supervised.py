@@ -353,21 +353,26 @@ def test_one_batch_can_be_learnt_by_heart():
 
 
 def watch(monkeypatch) -> list:
-    """Collects what the model is given."""
-    calls, original = [], SupervisedMIM.forward
+    """Collects what the model is given, by a tokenizer in eval mode."""
+    calls, original, encode = [], SupervisedMIM.forward, VQTokenizer.encode
+
+    def encode_in_eval_mode(tokenizer, imgs):
+        assert not tokenizer.training
+        return encode(tokenizer, imgs)
 
     def forward(model, imgs, labels, token_ids=None, clean=None):
         calls.append((imgs, labels, token_ids, clean))
         return original(model, imgs, labels, token_ids, clean)
 
     monkeypatch.setattr(SupervisedMIM, "forward", forward)
+    monkeypatch.setattr(VQTokenizer, "encode", encode_in_eval_mode)
     return calls
 
 
 def test_tokens_are_those_of_the_pixels_before_mixup(trained, shapes_folder, monkeypatch, tmp_path):
     calls, file = watch(monkeypatch), trained / "tokenizer" / "tokenizer.pt"
     train(tmp_path, shapes_folder, "--mixup", "0.5", "--steps", "3", "--tokenizer", file)
-    tokenizer, shares = supervised_mim.load_tokenizer(file), []
+    tokenizer, shares = supervised_mim.load_tokenizer(file).eval(), []
     for imgs, labels, ids, clean in calls:
         assert torch.equal(tokenizer.encode(clean), ids)
         other = clean.roll(1, 0)
@@ -388,7 +393,7 @@ def test_tokens_are_those_of_the_crop_before_randaugment(
     monkeypatch.setattr(v2, "RandAugment", lambda *args, **kwargs: v2.RandomInvert(p=1))
     train(tmp_path, shapes_folder, "--steps", "4", "--tokenizer", file, "--randaug", "9",
           "--min-crop", "0.999")  # fmt: skip
-    tokenizer, mirrored = supervised_mim.load_tokenizer(file), 0
+    tokenizer, mirrored = supervised_mim.load_tokenizer(file).eval(), 0
     originals = common.normalize(common.load_images(str(shapes_folder), "train", 16).pixels)
     for imgs, _, ids, clean in calls:
         pixels, changed = (common.denormalize(x) for x in (clean, imgs))
@@ -570,6 +575,7 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, shapes_folder, train
         train(tmp_path, shapes_folder, *flags, *more)
         started = (tmp_path / "checkpoint.pt").exists()
         assert started == ("--train-tokenizer" not in more)
+        assert metrics(tmp_path / "tokenizer")[-1]["step"] == (3 if len(more) == 3 else 8)
     for part in ("model", "tokenizer"):
         a, b = weights(trained, part), weights(tmp_path, part)
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
@@ -643,6 +649,46 @@ def test_init_from_a_run_and_from_an_encoder(tmp_path, shapes_folder, trained, c
             if name.partition(".")[0] not in missing:
                 torch.testing.assert_close(started[name], x, atol=1e-6, rtol=0, msg=name)
         assert ("has no decoder, head" in capsys.readouterr().err) == bool(missing)
+
+
+def test_every_flag_reaches_its_part(tmp_path, shapes_folder, monkeypatch):
+    flags = ["--mask-ratio", "0.7", "--mim-weight", "0.3", "--token-smoothing", "0.2",
+             "--tokenizer-lr", "7e-4", "--tokenizer-epochs", "5", "--seed", "3",
+             "--min-crop", "0.3", "--decoder-depth", "2", "--train-tokenizer"]  # fmt: skip
+    cfg = settings(tmp_path, shapes_folder, *flags)
+    model, tokenizer = supervised_mim.build(cfg, 7, 11), supervised_mim.build_tokenizer(cfg)
+    assert (model.mask_ratio, model.mim_weight, model.smoothing) == (0.7, 0.3, 0.2)
+    assert (len(model.decoder.blocks), model.decoder.pred.out_features) == (2, 11)
+    assert (model.head.out_features, model.target) == (7, "tokens")
+    assert (tokenizer.codebook.shape, tokenizer.settings["width"]) == ((16, 8), 4)
+    assert tokenizer.encoder[0].out_channels == 4 and tokenizer.decoder[0].out_channels == 16
+    pixels = supervised_mim.build(settings(tmp_path, shapes_folder, "--target", "pixels"), 7)
+    assert pixels.decoder.pred.out_features == 48 and pixels.target == "pixels"
+    supervised_mim.main(cfg)
+    used = json.loads((tmp_path / "tokenizer" / "config.json").read_text())
+    assert (used["lr"], used["epochs"], used["seed"], used["min_crop"]) == (7e-4, 5, 3, 0.3)
+    assert (used["batch_size"], used["clip_grad"], used["weight_decay"]) == (16, 1, 1e-4)
+    crops = []
+    monkeypatch.setattr(supervised_mim.Augment, "__init__", lambda _, *args: crops.append(args))
+    monkeypatch.setattr(supervised_mim.Augment, "__call__", lambda _, image: (image, image))
+    train(tmp_path / "run", shapes_folder, "--steps", "1", "--mim-weight", "0", "--randaug", "7",
+          "--min-crop", "0.3")  # fmt: skip
+    assert crops == [(16, 0.3, 7)]
+
+
+def test_the_picture_shows_hidden_patches_predicted_and_others_as_they_are(monkeypatch):
+    model, tokenizer, imgs = model_of(), tokenizer_of().eval(), torch.randn(2, 3, 16, 16)
+    visible, mask = common.random_masking(2, 16, 0.5)
+    monkeypatch.setattr(common, "random_masking", lambda *args: (visible, mask))
+    with torch.no_grad():
+        rows = supervised_mim.reconstruct(model, tokenizer, imgs)
+        pred = model.decoder(model.encoder(imgs, visible), visible).argmax(dim=2)
+    shown = [common.patchify(row, 4) for row in rows.values()]
+    assert torch.equal(shown[1], shown[0] * ~mask[:, :, None])
+    ids = tokenizer.encode(imgs)
+    assert torch.equal(list(rows.values())[2], tokenizer.decode(ids))
+    filled = tokenizer.decode(torch.where(mask, pred, ids))
+    assert torch.equal(list(rows.values())[3], filled)
 
 
 def test_the_optimiser_is_the_recipe_s(tmp_path, shapes_folder):
@@ -752,5 +798,6 @@ def test_a_tokenizer_of_another_grid_is_refused_with_sizes_that_fit(
     assert 'does not fit: ' in mistake(capsys, *flags[:-1], other)
     # Any size of its own serves if its grid is that of the patches.
     train(tmp_path / "fits", shapes_folder, "--img-size", "32", "--patch-size", "8", "--steps", "1",
-          "--tokenizer", file)  # fmt: skip
+          "--tokenizer", file, "--codebook-size", "50")  # fmt: skip
     assert metrics(tmp_path / "fits")[0]["token_loss"] > 0
+    assert len(weights(tmp_path / "fits")["decoder.pred.weight"]) == 16  # the file's codes
