@@ -1234,8 +1234,10 @@ class Run:
         if state.get("script") != self.script:
             author = state.get("script", "another program")
             raise UserError(f"{path} is by {author}, not {self.script}; choose another --out")
-        new, old = self.identity, state["identity"]
-        differ = [k for k in new | old if k not in RESUMABLE and new.get(k) != old.get(k)]
+        new, old, free = self.identity, state["identity"], RESUMABLE
+        if state["step"] >= self.total:  # nothing is left that these would change
+            free = free | {"precision", "processes x accumulate"}
+        differ = [k for k in new | old if k not in free and new.get(k) != old.get(k)]
         if differ:
             changes = ", ".join(f"{k} was {old.get(k)}, now {new.get(k)}" for k in differ)
             raise UserError(f"{path} has other settings: {changes}; use another --out or --restart")

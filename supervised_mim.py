@@ -481,6 +481,11 @@ def build(cfg: Config, num_classes: int, codebook_size: int | None = None) -> Su
 @common.entry_point
 def main(cfg: Config) -> None:
     device = common.set_up_process(cfg.device)
+    needs_tokens = cfg.train_tokenizer or (cfg.mim_weight > 0 and cfg.target == "tokens")
+    tokenizer = None
+    if needs_tokens and cfg.tokenizer:  # before the data, which may take long
+        tokenizer = load_tokenizer(cfg.tokenizer)
+        check_grid(tokenizer, cfg)
     place = "cpu" if cfg.randaug else device  # RandAugment works in the loader's processes
     train, val = (
         common.load_images(cfg.data, split, cfg.img_size, cfg.data_dir, place)
@@ -491,19 +496,14 @@ def main(cfg: Config) -> None:
             f"--data {cfg.data} has no labels, which this method needs: class folders in train/ "
             "and val/"
         )
-    tokenizer, parts = None, {}
-    if cfg.train_tokenizer or (cfg.mim_weight and cfg.target == "tokens"):
-        if cfg.tokenizer:
-            tokenizer = load_tokenizer(cfg.tokenizer)
-            check_grid(tokenizer, cfg)
-        else:
-            tokenizer = train_tokenizer(cfg, train, val)
-        tokenizer = parts["tokenizer"] = tokenizer.to(device).eval().requires_grad_(False)
+    if needs_tokens and not tokenizer:
+        tokenizer = train_tokenizer(cfg, train, val)
     if cfg.train_tokenizer:
         return
 
     run, best, classes = common.Run(cfg), Best(), len(train.classes)
-    model = build(cfg, classes, tokenizer and len(tokenizer.codebook)).to(run.device)
+    parts = dict(tokenizer=tokenizer.to(device).eval().requires_grad_(False)) if tokenizer else {}
+    model = build(cfg, classes, tokenizer and len(tokenizer.codebook)).to(device)
     if cfg.init_from:
         common.init_from(cfg.init_from, model)
     optimizer = common.adamw(model, cfg.weight_decay, betas=(0.9, 0.999))

@@ -550,6 +550,21 @@ def test_the_tokenizer_is_frozen_and_kept_in_the_checkpoint(trained):
     assert kept["updates"] == 8  # two epochs of four steps, none in the main run
 
 
+def test_a_finished_tokenizer_serves_other_processes_but_not_other_settings(
+    tmp_path, shapes_folder, capsys
+):
+    train(tmp_path, shapes_folder, "--train-tokenizer")
+    train(tmp_path, shapes_folder, "--steps", "1", "--accumulate", "2", "--precision", "bf16")
+    assert "nothing left to do: step 8 is done" in capsys.readouterr().out
+    assert weights(tmp_path, "tokenizer")["updates"] == 8
+    flags = ["--out", tmp_path, "--data", shapes_folder, *TINY, *SMALL, "--codebook-size", "17"]
+    with pytest.raises(SystemExit):
+        supervised_mim.main(
+            common.parse(supervised_mim.Config, supervised_mim.PRESETS, [str(x) for x in flags])
+        )
+    assert "codebook_size was 16, now 17" in capsys.readouterr().err
+
+
 def test_best_and_last(tmp_path, shapes_folder, monkeypatch, capsys):
     scores = iter([30.0, 50.0, 40.0, 45.0])
     monkeypatch.setattr(common, "validate", lambda *args: {"top1": next(scores)})
