@@ -1179,6 +1179,7 @@ class Run:
         # What a run must have in common with the one that it resumes.
         self.identity = dataclasses.asdict(cfg) | {
             "precision": self.precision, "images": len(loader.images),
+            "class names (checksum)": zlib.crc32("/".join(loader.images.classes).encode()),
             "processes x accumulate": self.world * cfg.accumulate,
         }  # fmt: skip
         if not cfg.restart:
@@ -1189,7 +1190,7 @@ class Run:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 names = ("checkpoint.*", "metrics.jsonl", "*_????.png", "encoder.pt",
-                         "classifier*.pt", "eval.json")  # fmt: skip
+                         "classifier*.pt", "tokenizer.pt", "eval.json")  # fmt: skip
                 for name in names if cfg.restart else ():
                     for path in self.folder.glob(name):
                         path.unlink()
@@ -1234,10 +1235,8 @@ class Run:
         if state.get("script") != self.script:
             author = state.get("script", "another program")
             raise UserError(f"{path} is by {author}, not {self.script}; choose another --out")
-        new, old, free = self.identity, state["identity"], RESUMABLE
-        if state["step"] >= self.total:  # nothing is left that these would change
-            free = free | {"precision", "processes x accumulate"}
-        differ = [k for k in new | old if k not in free and new.get(k) != old.get(k)]
+        new, old = self.identity, state["identity"]
+        differ = [k for k in new | old if k not in RESUMABLE and new.get(k) != old.get(k)]
         if differ:
             changes = ", ".join(f"{k} was {old.get(k)}, now {new.get(k)}" for k in differ)
             raise UserError(f"{path} has other settings: {changes}; use another --out or --restart")

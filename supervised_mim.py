@@ -19,15 +19,16 @@ decoder is dropped afterwards: no cost at inference. Unlike MAE (He et al., CVPR
     python eval_linear.py runs/supervised_mim-demo --mode knn   # kNN and retrieval with all images
 
 The tokenizer. Without --tokenizer FILE one is trained first, for --tokenizer-epochs, in the folder
-tokenizer/ of the run; what is there already is used, or finished. --train-tokenizer does only that.
-A run keeps, in its checkpoint, the tokenizer that it began with. --restart restarts both.
+tokenizer/ of the run, to its end whatever --steps says; an unfinished one is trained on, a finished
+one taken as it is. --train-tokenizer does only that, and with --restart begins anew. A run keeps,
+in its checkpoint, the tokenizer that it began with.
 
 Equation -> code. x: image, cropped, flipped; x': RandAugment of x, mixed up with another image.
     z       = encoder of the tokenizer (x), one vector per patch               VQTokenizer.features
     t(l)    = argmin over the codes e of |z(l) - e|^2                          VQTokenizer.quantize
     L_vq    = |x - decoder(z + sg(e - z))| + 0.25 |z - sg(e)|^2, means          VQTokenizer.forward
     e       = m / n; n, m: averages, with decay 0.99, of how many z are nearest to e, and of their
-              sum; where n is below a tenth of its mean, a z at random   VQTokenizer.update_codebook
+              sum; where n falls below a tenth of even use, any z        VQTokenizer.update_codebook
     L_class = CE(head(cls of encoder(x')), labels, mixed like x')             SupervisedMIM.forward
     L_token = mean over hidden l of CE(decoder(encoder(visible patches of x))_l, t(l)), labels
               smoothed by 0.1                                                       mim_token_loss
@@ -39,19 +40,20 @@ terms; psnr in dB, perplexity and codes_used (share of the codebook), on 1000 va
 
 Provenance   paper: the task beside the class task, image tokens, masked image, shallow decoder
       that is dropped, ViT-B/14.
-    Inferred: codebook 1024 x 256 and 16 x 16 tokens (the VQ of two of the authors' MaskGIT; /14
-      gives just as many patches), label smoothing 0.1 (MaskGIT).
-    Recipe: big_vision, AugReg (Steiner et al. 2021). Its weight decay 1e-4 is not multiplied by the
-      learning rate 1e-3, torch's is: 0.1.
+    Inferred: codebook 1024 x 256 and 16 x 16 tokens (the VQ of MaskGIT and MAGE, by two of the
+      authors; /14 gives just as many patches).
+    Recipe, for want of the paper's own: big_vision, AugReg (Steiner et al. 2021). Its weight decay
+      1e-4 is not multiplied by the learning rate 1e-3, torch's is: 0.1.
     VQ-VAE: straight-through gradient, commitment 0.25, codebook by moving averages.
-    MAE's paper and code: encoder, masking, the form of the decoder, pixel targets.
+    MAE's paper and code: encoder with fixed positions, masking, form of the decoder, pixel targets.
     Our choice: two passes instead of labels on masked images; mask ratio 0.5; hidden patches
-      dropped before the encoder; 2 blocks as wide as the encoder; weight 1; what the masked pass
-      sees is x, neither RandAugmented nor mixed, as RandAugment moves pixels, too, and their tokens
-      would belong to other patches; architecture and training of the tokenizer; head on cls, zero
-      at first; presets "demo" and "cifar".
+      dropped before the encoder; 2 blocks as wide as the encoder; weight 1; label smoothing 0.1 of
+      the tokens, as in MaskGIT; what the masked pass sees is x, neither RandAugmented nor mixed, as
+      RandAugment moves pixels, too, and their tokens would belong to other patches; architecture
+      and training of the tokenizer; head on cls, zero at first; presets "demo" and "cifar".
 Known deviations   The tokenizer is our own small one, without adversarial or perceptual loss.
-    RandAugment is torchvision's, whose magnitudes end at 30, where those of TensorFlow's end at 10.
+    RandAugment is torchvision's, milder than TensorFlow's: its magnitudes end at 30, theirs at 10.
+    With --accumulate the codebook moves with every micro-batch, not once a step.
 """
 
 import dataclasses
@@ -83,7 +85,7 @@ class Config(common.Config):
     tokenizer: str | None = None  # tokenizer.pt of another run [one is trained in the run's folder]
     train_tokenizer: bool = False  # train the tokenizer, and nothing else
     tokenizer_epochs: int = 20  # length of its training
-    tokenizer_lr: float = 1e-3  # its peak learning rate; its batch is --batch-size, at most 256
+    tokenizer_lr: float = 1e-3  # its peak learning rate; its batch is --batch-size, up to about 256
     tokenizer_width: int = 64  # its channels at full resolution; up to four times as many below
     codebook_size: int = 1024  # codes, the classes of the masked pass
     codebook_dim: int = 256  # width of a code
@@ -153,7 +155,7 @@ class VQTokenizer(nn.Module):
         super().__init__()
         self.settings = dict(  # all that it takes to build this tokenizer again
             img_size=img_size, stride=stride, codebook_size=codebook_size, dim=dim, width=width,
-            in_chans=in_chans,
+            in_chans=in_chans, commitment=commitment, decay=decay,
         )  # fmt: skip
         levels = stride.bit_length() - 1
         if stride != 1 << levels:
@@ -188,7 +190,7 @@ class VQTokenizer(nn.Module):
 
     @torch.no_grad()
     def quantize(self, z: Tensor) -> Tensor:
-        """z (B, L, dim) -> ids (B, L) int64 of the nearest codes, fp32."""
+        """z (B, L, dim) -> ids (B, L) int64 of the nearest codes, without autocast."""
         with torch.autocast(z.device.type, enabled=False):
             distance = self.codebook.square().sum(dim=1) - 2 * z @ self.codebook.T  # less |z|^2
         return distance.argmin(dim=2)
@@ -259,9 +261,10 @@ def measure_tokenizer(run: common.Run, tokenizer: VQTokenizer, images: common.Im
     decibels, ids = [], []
     size, workers = run.cfg.img_size, run.cfg.workers
     for imgs, _ in common.eval_batches(images, size, run.device, limit=1000, workers=workers):
-        recon, tokens, _ = tokenizer(imgs)
-        decibels.append(psnr(tokenizer.resized(imgs), recon))
-        ids.append(tokens)
+        for part in imgs.split(32):  # at full resolution these need much memory
+            recon, tokens, _ = tokenizer(part)
+            decibels.append(psnr(tokenizer.resized(part), recon))
+            ids.append(tokens)
     tokenizer.train()
     decibels, ids = (common.gather_rows(torch.cat(x)) for x in (decibels, ids))
     even, used = perplexity(ids, len(tokenizer.codebook))
@@ -277,14 +280,26 @@ def build_tokenizer(cfg: Config) -> VQTokenizer:
 
 def train_tokenizer(cfg: Config, train: common.Images, val: common.Images | None) -> VQTokenizer:
     """Train the tokenizer of cfg in its folder, or go on, or take the one that is finished."""
+    file = Path(cfg.out) / "tokenizer" / "tokenizer.pt"
+    if file.exists() and not cfg.train_tokenizer:
+        tokenizer, wanted = load_tokenizer(file), build_tokenizer(cfg).settings
+        differ = [f"{k} {x}, not {wanted[k]}" for k, x in tokenizer.settings.items()
+                  if x != wanted[k]]  # fmt: skip
+        if differ:
+            raise common.UserError(
+                f"{file} was trained otherwise: {', '.join(differ)}; use another --out, or "
+                "--train-tokenizer --restart"
+            )
+        return tokenizer
+    parts = cfg.accumulate * (dist.get_world_size() if dist.is_initialized() else 1)
     same = ("data", "data_dir", "img_size", "patch_size", "min_crop", "accumulate", "workers",
             "device", "precision", "seed", "restart", "tokenizer_width", "codebook_size",
             "codebook_dim")  # fmt: skip
     cfg = Config(
         **{name: getattr(cfg, name) for name in same}, out=f"{cfg.out}/tokenizer",
         steps=cfg.steps if cfg.train_tokenizer else None, epochs=cfg.tokenizer_epochs,
-        batch_size=min(cfg.batch_size, 256), lr=cfg.tokenizer_lr, clip_grad=1.0, weight_decay=1e-4,
-        recon_every=5, knn_every=0,
+        batch_size=min(cfg.batch_size, parts * max(1, 256 // parts)), lr=cfg.tokenizer_lr,
+        clip_grad=1.0, weight_decay=1e-4, recon_every=5, knn_every=0,
     )  # fmt: skip
     run = common.Run(cfg)
     tokenizer = build_tokenizer(cfg).to(run.device)
@@ -313,10 +328,9 @@ def train_tokenizer(cfg: Config, train: common.Images, val: common.Images | None
             run.update(optimizer)
         run.end_epoch(picture=picture, **measure_tokenizer(run, tokenizer, val or train))
     content = {"model": tokenizer.state_dict(), "tokenizer": tokenizer.settings}
-    if run.rank == 0:
-        path = run.folder / "tokenizer.pt"
-        common.write_atomically(path, lambda file: torch.save(content, file))
-        run.print(f"the tokenizer is in {path}")
+    if run.rank == 0 and run.step == run.total:
+        common.write_atomically(file, lambda f: torch.save(content, f))
+        run.print(f"the tokenizer is in {file}")
     return tokenizer
 
 
@@ -429,13 +443,13 @@ class Best:
     """The best validation top-1 of a run so far."""
 
     def __init__(self):
-        self.top1, self.epoch = -1.0, 0
+        self.top1, self.step = -1.0, 0
 
     def state_dict(self) -> dict:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict) -> None:
-        self.top1, self.epoch = state["top1"], state["epoch"]
+        self.top1, self.step = state["top1"], state["step"]
 
 
 @torch.no_grad()
@@ -491,7 +505,7 @@ def main(cfg: Config) -> None:
         common.load_images(cfg.data, split, cfg.img_size, cfg.data_dir, place)
         for split in ("train", "val")
     )
-    if not cfg.train_tokenizer and (val is None or not train.classes):
+    if not cfg.train_tokenizer and (val is None or not train.classes or not val.classes):
         raise common.UserError(
             f"--data {cfg.data} has no labels, which this method needs: class folders in train/ "
             "and val/"
@@ -515,14 +529,14 @@ def main(cfg: Config) -> None:
     picture = model.decoder and functools.partial(reconstruct, model, tokenizer, examples)
     run.start(loader, val, model=model, optimizer=optimizer, best=best, **parts)
     ddp = run.wrap(model)
-    for epoch in run.epochs():
+    for _ in run.epochs():
         for micro_batches in run.steps():
             run.set_lr(optimizer)
             for imgs, *clean, labels in micro_batches:
                 clean = clean[0] if clean else imgs
+                # Before mixup: of the very pixels that the masked pass is shown. In fp32.
+                token_ids = tokenizer.encode(clean) if tokenizer else None
                 with run.forward(ddp):
-                    # Before mixup: of the very pixels that the masked pass is shown.
-                    token_ids = tokenizer.encode(clean) if tokenizer else None
                     imgs, targets = mixup(imgs, labels)
                     loss, stats = ddp(imgs, targets, token_ids, clean)
                 run.backward(loss)
@@ -533,15 +547,15 @@ def main(cfg: Config) -> None:
             top1 = common.validate(run, model, model.classify, val, cfg.img_size)["top1"]
             results = dict(val_top1=top1)
             if top1 > best.top1:
-                best.top1, best.epoch = top1, epoch
+                best.top1, best.step = top1, run.step
                 if run.rank == 0:
                     save_classifier(run.folder / "classifier.best.pt", model, train.classes, cfg)
         if run.rank == 0:
             save_classifier(run.folder / "classifier.pt", model, train.classes, cfg)
         run.end_epoch(model.encoder, picture, **results)
     run.finish()
-    if best.epoch:
-        run.print(f"best validation top-1 {best.top1:.1f}, after epoch {best.epoch}")
+    if best.step:
+        run.print(f"best validation top-1 {best.top1:.1f}, at step {best.step}")
 
 
 if __name__ == "__main__":

@@ -550,31 +550,54 @@ def test_the_tokenizer_is_frozen_and_kept_in_the_checkpoint(trained):
     assert kept["updates"] == 8  # two epochs of four steps, none in the main run
 
 
-def test_a_finished_tokenizer_serves_other_processes_but_not_other_settings(
-    tmp_path, shapes_folder, capsys
-):
+def test_a_finished_tokenizer_is_taken_as_it_is(tmp_path, shapes_folder, capsys):
+    """By other processes, batches and precisions, and by a run that starts over; not by one that
+    wants another tokenizer."""
+    train(tmp_path, shapes_folder, "--train-tokenizer", "--steps", "5")
+    assert not (tmp_path / "tokenizer" / "tokenizer.pt").exists()
     train(tmp_path, shapes_folder, "--train-tokenizer")
-    train(tmp_path, shapes_folder, "--steps", "1", "--accumulate", "2", "--precision", "bf16")
-    assert "nothing left to do: step 8 is done" in capsys.readouterr().out
-    assert weights(tmp_path, "tokenizer")["updates"] == 8
-    flags = ["--out", tmp_path, "--data", shapes_folder, *TINY, *SMALL, "--codebook-size", "17"]
-    with pytest.raises(SystemExit):
-        supervised_mim.main(
-            common.parse(supervised_mim.Config, supervised_mim.PRESETS, [str(x) for x in flags])
-        )
-    assert "codebook_size was 16, now 17" in capsys.readouterr().err
+    for flags in (["--accumulate", "2"], ["--batch-size", "8", "--precision", "bf16"]):
+        train(tmp_path, shapes_folder, "--steps", "1", *flags, "--seed", "1", "--restart")
+        assert weights(tmp_path, "tokenizer")["updates"] == 8
+    flags = ["--out", tmp_path, "--data", shapes_folder, *TINY, *SMALL]
+    error = mistake(capsys, *flags, "--codebook-size", "17")
+    assert "codebook_size 16, not 17; use another --out, or --train-tokenizer --restart" in error
+    train(tmp_path, shapes_folder, "--train-tokenizer", "--restart", "--codebook-size", "17")
+    file = tmp_path / "tokenizer" / "tokenizer.pt"
+    assert len(supervised_mim.load_tokenizer(file).codebook) == 17
+    train(tmp_path, shapes_folder, "--train-tokenizer", "--restart", "--steps", "1")
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("batch, accumulate, expected", [
+    (32, 1, 32), (300, 1, 256), (300, 3, 255), (600, 300, 300),
+])  # fmt: skip
+def test_the_tokenizer_s_batch_can_be_divided(batch, accumulate, expected, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(common, "Run", lambda cfg: seen.append(cfg) or 1 / 0)
+    cfg = settings(tmp_path, "shapes", "--batch-size", batch, "--accumulate", accumulate)
+    with pytest.raises(ZeroDivisionError):
+        supervised_mim.train_tokenizer(cfg, None, None)
+    assert seen[0].batch_size == expected and expected % accumulate == 0
+
+
+def test_without_validation_there_is_none(tmp_path, shapes_folder):
+    flags = ["--mim-weight", "0", "--knn-every", "0", "--steps", "1"]
+    train(tmp_path, shapes_folder, *flags)
+    assert not {"val_top1", "knn"} & metrics(tmp_path)[0].keys()
+    assert not (tmp_path / "classifier.best.pt").exists()
 
 
 def test_best_and_last(tmp_path, shapes_folder, monkeypatch, capsys):
-    scores = iter([30.0, 50.0, 40.0, 45.0])
+    scores = iter([30.0, 50.0, 40.0, 50.0])
     monkeypatch.setattr(common, "validate", lambda *args: {"top1": next(scores)})
     flags = ["--epochs", "5", "--mim-weight", "0", "--knn-every", "1"]
     for steps in ("8", "12", "16"):  # a resumed run knows what was best
         train(tmp_path, shapes_folder, *flags, "--steps", steps)
         if steps == "8":
             best = weights(tmp_path)
-    assert "best validation top-1 50.0, after epoch 2" in capsys.readouterr().out
-    assert [x["val_top1"] for x in metrics(tmp_path)] == [30, 50, 40, 45]
+    assert "best validation top-1 50.0, at step 8" in capsys.readouterr().out
+    assert [x["val_top1"] for x in metrics(tmp_path)] == [30, 50, 40, 50]
     for name, model in (("classifier.best.pt", best), ("classifier.pt", weights(tmp_path))):
         state = torch.load(tmp_path / name, weights_only=True)["model"]
         assert torch.equal(state["cls_token"], model["encoder.cls_token"])
@@ -774,6 +797,7 @@ def test_mistakes_are_one_line_and_leave_nothing(flags, message, tmp_path, capsy
 
 
 def mistake(capsys, *arguments) -> str:
+    capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         arguments = [str(x) for x in arguments]
         supervised_mim.main(
@@ -787,7 +811,9 @@ def mistake(capsys, *arguments) -> str:
 def test_labels_are_needed_but_not_by_the_tokenizer(tmp_path, capsys):
     write_images(tmp_path / "flat", 32, 16, seed=0, labelled=False)
     write_images(tmp_path / "half" / "train", 32, 16, seed=0)
-    for data in ("flat", "half"):
+    write_images(tmp_path / "loose" / "train", 32, 16, seed=0)
+    write_images(tmp_path / "loose" / "val", 8, 16, seed=0, labelled=False)
+    for data in ("flat", "half", "loose"):
         flags = [*TINY, *SMALL, "--data", tmp_path / data, "--out", tmp_path / "run"]
         assert "has no labels, which this method needs" in mistake(capsys, *flags)
         assert not (tmp_path / "run").exists()
