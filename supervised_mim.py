@@ -10,10 +10,11 @@ decoder is dropped afterwards: no cost at inference. Unlike MAE (He et al., CVPR
     python supervised_mim.py --mim-weight 0 --out runs/baseline # the supervised baseline
     python supervised_mim.py --target pixels --out runs/pixels  # pixels instead of tokens
     python supervised_mim.py --preset cifar                     # CIFAR-10, downloaded
-    python supervised_mim.py --preset imagenet --data /data/imagenet --train-tokenizer
+    python supervised_mim.py --preset imagenet --data /data/imagenet --accumulate 16 \\
+        --train-tokenizer
     python supervised_mim.py --preset imagenet --data /data/imagenet --accumulate 16     # one GPU
     torchrun --nproc-per-node 8 supervised_mim.py --preset imagenet --data /data/imagenet \\
-        --epochs 90 --batch-size 1024 --warmup-epochs 8         # the shorter recipe
+        --epochs 90 --batch-size 1024 --warmup-epochs 8 --out runs/90       # the shorter recipe
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
         supervised_mim.py --preset imagenet --data /data/imagenet
     python eval_linear.py runs/supervised_mim-demo --mode knn   # kNN and retrieval with all images
@@ -36,7 +37,8 @@ Equation -> code. x: image, cropped, flipped; x': RandAugment of x, mixed up wit
 In metrics.jsonl: loss is L; class_loss, top1 (of training, mixed images count for the larger part);
 token_loss, token_acc over hidden patches, or pixel_loss; val_top1 of all validation images; knn and
 retrieval_1nn, monitors on 1000 of them. The tokenizer's: loss is L_vq, recon and commitment its
-terms; psnr in dB, perplexity and codes_used (share of the codebook), on 1000 validation images.
+terms; psnr in dB, perplexity and codes_used (share of the codebook), on 1000 validation images, or
+of training if there are no others.
 
 Provenance   paper: the task beside the class task, image tokens, masked image, shallow decoder
       that is dropped, ViT-B/14.
@@ -45,7 +47,8 @@ Provenance   paper: the task beside the class task, image tokens, masked image, 
     Recipe, for want of the paper's own: big_vision, AugReg (Steiner et al. 2021). Its weight decay
       1e-4 is not multiplied by the learning rate 1e-3, torch's is: 0.1.
     VQ-VAE: straight-through gradient, commitment 0.25, codebook by moving averages.
-    MAE's paper and code: encoder with fixed positions, masking, form of the decoder, pixel targets.
+    MAE's paper and code: encoder (fixed positions, initialisation), masking, form of the decoder,
+      pixel targets.
     Our choice: two passes instead of labels on masked images; mask ratio 0.5; hidden patches
       dropped before the encoder; 2 blocks as wide as the encoder; weight 1; label smoothing 0.1 of
       the tokens, as in MaskGIT; what the masked pass sees is x, neither RandAugmented nor mixed, as
@@ -139,7 +142,8 @@ class ResBlock(nn.Module):
 
 
 def convolve(in_dim: int, out_dim: int, kernel: int) -> tuple[nn.Module, ...]:
-    norm = nn.GroupNorm(math.gcd(in_dim, 32), in_dim)
+    # 16 channels in a group: alone, a channel would lose its mean, and images their colours.
+    norm = nn.GroupNorm(math.gcd(in_dim, max(1, in_dim // 16)), in_dim)
     return norm, nn.SiLU(), nn.Conv2d(in_dim, out_dim, kernel, padding=kernel // 2)
 
 
@@ -278,9 +282,13 @@ def build_tokenizer(cfg: Config) -> VQTokenizer:
     return VQTokenizer(img_size, stride, cfg.codebook_size, cfg.codebook_dim, cfg.tokenizer_width)
 
 
+def tokenizer_file(cfg: Config) -> Path:
+    return Path(cfg.out) / "tokenizer" / "tokenizer.pt"
+
+
 def train_tokenizer(cfg: Config, train: common.Images, val: common.Images | None) -> VQTokenizer:
     """Train the tokenizer of cfg in its folder, or go on, or take the one that is finished."""
-    file = Path(cfg.out) / "tokenizer" / "tokenizer.pt"
+    file = tokenizer_file(cfg)
     if file.exists() and not cfg.train_tokenizer:
         tokenizer, wanted = load_tokenizer(file), build_tokenizer(cfg).settings
         differ = [f"{k} {x}, not {wanted[k]}" for k, x in tokenizer.settings.items()
@@ -296,7 +304,7 @@ def train_tokenizer(cfg: Config, train: common.Images, val: common.Images | None
             "device", "precision", "seed", "restart", "tokenizer_width", "codebook_size",
             "codebook_dim")  # fmt: skip
     cfg = Config(
-        **{name: getattr(cfg, name) for name in same}, out=f"{cfg.out}/tokenizer",
+        **{name: getattr(cfg, name) for name in same}, out=str(file.parent),
         steps=cfg.steps if cfg.train_tokenizer else None, epochs=cfg.tokenizer_epochs,
         batch_size=min(cfg.batch_size, parts * max(1, 256 // parts)), lr=cfg.tokenizer_lr,
         clip_grad=1.0, weight_decay=1e-4, recon_every=5, knn_every=0,
@@ -340,7 +348,7 @@ def load_tokenizer(path) -> VQTokenizer:
     try:
         tokenizer = VQTokenizer(**content["tokenizer"])
     except (KeyError, TypeError):
-        raise common.UserError(f"{path} holds no tokenizer") from None
+        raise common.UserError(f"{path} holds no tokenizer; a tokenizer.pt does") from None
     common.load_strictly(tokenizer, content.get("model"), path)
     return tokenizer
 
@@ -505,29 +513,36 @@ def main(cfg: Config) -> None:
         common.load_images(cfg.data, split, cfg.img_size, cfg.data_dir, place)
         for split in ("train", "val")
     )
-    if not cfg.train_tokenizer and (val is None or not train.classes or not val.classes):
+    if cfg.train_tokenizer:
+        train_tokenizer(cfg, train, val)
+        return
+    if val is None or not train.classes or not val.classes:
         raise common.UserError(
             f"--data {cfg.data} has no labels, which this method needs: class folders in train/ "
             "and val/"
         )
-    if needs_tokens and not tokenizer:
-        tokenizer = train_tokenizer(cfg, train, val)
-    if cfg.train_tokenizer:
-        return
 
     run, best, classes = common.Run(cfg), Best(), len(train.classes)
-    parts = dict(tokenizer=tokenizer.to(device).eval().requires_grad_(False)) if tokenizer else {}
     model = build(cfg, classes, tokenizer and len(tokenizer.codebook)).to(device)
     if cfg.init_from:
         common.init_from(cfg.init_from, model)
     optimizer = common.adamw(model, cfg.weight_decay, betas=(0.9, 0.999))
+    parts = dict(model=model, optimizer=optimizer, best=best)
     augment = Augment(cfg.img_size, cfg.min_crop, cfg.randaug) if cfg.randaug else None
     loader = common.TrainLoader(train, cfg, run, cfg.img_size, augment)
+    if cfg.mixup and loader.micro_batch < 2:
+        raise common.UserError("mixup takes 2 images in a micro-batch: a larger --batch-size")
+    if needs_tokens:
+        # Last, as it may take long: whatever is wrong with the flags has come out by now.
+        tokenizer = tokenizer or train_tokenizer(cfg, train, val)
+        parts["tokenizer"] = tokenizer.to(device).eval().requires_grad_(False)
+        run.print(f"tokens of {cfg.tokenizer or tokenizer_file(cfg)}, "
+                  f"{len(tokenizer.codebook)} codes, {tokenizer.grid} tokens an image")  # fmt: skip
     mixup = v2.MixUp(alpha=cfg.mixup, num_classes=classes) if cfg.mixup else lambda *batch: batch
     pictures = common.eval_batches(val, cfg.img_size, run.device, limit=8, share=False)
     examples, _ = next(pictures)
     picture = model.decoder and functools.partial(reconstruct, model, tokenizer, examples)
-    run.start(loader, val, model=model, optimizer=optimizer, best=best, **parts)
+    run.start(loader, val, **parts)
     ddp = run.wrap(model)
     for _ in run.epochs():
         for micro_batches in run.steps():

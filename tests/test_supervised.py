@@ -181,6 +181,15 @@ def test_dead_codes_restart_at_vectors_of_the_batch():
     assert (few.codebook[1:, None] - z[:3]).norm(dim=2).amin(dim=1).max() < 1e-3
 
 
+@pytest.mark.parametrize("width", [8, 16, 32, 64, 128, 40])
+def test_no_channel_is_normalised_alone(width):
+    """Which would take its mean away, and images their colours."""
+    norms = [m for m in VQTokenizer(16, 8, 32, dim=16, width=width).modules()
+             if isinstance(m, torch.nn.GroupNorm)]  # fmt: skip
+    assert len(norms) > 5
+    assert all(norm.num_channels // norm.num_groups >= min(width, 16) for norm in norms)
+
+
 def test_only_training_moves_the_codebook():
     tokenizer, imgs = tokenizer_of(), torch.randn(4, 3, 16, 16)
     tokenizer.eval()
@@ -790,6 +799,11 @@ def test_real_images_learn(cifar_folder, tmp_path):
     (["--target", "colours"], "invalid choice: 'colours'"),
     (["--preset", "imagenet"], "--data imagenet: no such folder"),
     (["--decoder-depth", "0"], "--decoder-depth must be at least 1"),
+    # Found before a tokenizer is trained:
+    (["--batch-size", "10", "--accumulate", "3"], "is not divisible by 1 processes x --accumulate"),
+    (["--batch-size", "20001"], "is more than the 20000 images"),
+    (["--init-from", __file__], "is truncated or not a checkpoint"),
+    (["--batch-size", "4", "--accumulate", "4", "--mixup", "1"], "mixup takes 2 images"),
 ])  # fmt: skip
 def test_mistakes_are_one_line_and_leave_nothing(flags, message, tmp_path, capsys):
     assert message in mistake(capsys, "--out", tmp_path / "run", *flags)
