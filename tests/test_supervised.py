@@ -636,7 +636,10 @@ def test_two_processes_equal_one(tmp_path, shapes_folder, trained):
     train(tmp_path / "one", shapes_folder, *flags, "--accumulate", "2")
     a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in a:  # where a gradient is tiny, Adam shows the order of a sum
-        torch.testing.assert_close(b[name], a[name], atol=2e-4, rtol=0, msg=name)
+        one, two = a[name], b[name]
+        if name.endswith("qkv.bias"):  # that of keys has none: softmax does not see it
+            one, two = (x.unflatten(0, (3, -1))[[0, 2]] for x in (one, two))
+        torch.testing.assert_close(two, one, atol=2e-4, rtol=0, msg=name)
     for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         for name in ("loss", "class_loss", "token_loss"):
             assert two[name] == pytest.approx(one[name], rel=1e-3), name
@@ -780,7 +783,7 @@ def test_real_images_learn(cifar_folder, tmp_path):
              "--patch-size", "8", "--out", str(tmp_path)]  # fmt: skip
     supervised_mim.main(common.parse(supervised_mim.Config, supervised_mim.PRESETS, flags))
     (line,), (tokenizer,) = metrics(tmp_path), metrics(tmp_path / "tokenizer")
-    assert tokenizer["psnr"] > 13 and tokenizer["codes_used"] > 0.4
+    assert tokenizer["psnr"] > 14 and tokenizer["codes_used"] > 0.2  # after 125 steps
     assert line["class_loss"] < math.log(10) and line["token_loss"] < math.log(64)
 
 
