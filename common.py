@@ -987,8 +987,8 @@ def warmup_cosine(step: float, total: float, warmup: float, peak: float, floor=0
 
 def adamw(model: nn.Module, weight_decay: float, lr: float = 0.0,
           betas: tuple[float, float] = (0.9, 0.95)) -> torch.optim.Optimizer:
-    """MAE's AdamW of the trainable parameters, in two groups: weight decay, but none for biases and
-    LayerNorm (1-D)."""
+    """AdamW of the trainable parameters, by default with MAE's betas, in two groups: weight decay,
+    but none for biases and LayerNorm (1-D)."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},

@@ -17,7 +17,7 @@ decoder is dropped afterwards: no cost at inference. Unlike MAE (He et al., CVPR
         --epochs 90 --batch-size 1024 --warmup-epochs 8 --out runs/90       # the shorter recipe
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
         supervised_mim.py --preset imagenet --data /data/imagenet
-    python eval_linear.py runs/supervised_mim-demo --mode knn   # kNN and retrieval with all images
+    python eval_linear.py runs/supervised_mim-demo --mode knn   # with all images: eval.json
 
 On two cores of a 2.5 GHz Xeon the first takes 2.6 minutes and ends at 59.0 % top-1, the second one
 minute and 45.9 %. For CIFAR-10 see the README. On a GPU: not yet measured.
@@ -37,11 +37,11 @@ Equation -> code. x: image, cropped, flipped; x': RandAugment of x, mixed up wit
     L_token = mean over hidden l of CE(decoder(encoder(visible patches of x))_l, t(l)), labels
               smoothed by 0.1                                                       mim_token_loss
     L       = L_class + 1.0 L_token                                           SupervisedMIM.forward
-In metrics.jsonl: loss is L; class_loss, top1 (of training, mixed images count for the larger part);
-token_loss, token_acc over hidden patches, or pixel_loss; val_top1 of all validation images; knn and
-retrieval_1nn, monitors on 1000 of them. The tokenizer's: loss is L_vq, recon and commitment its
-terms; psnr in dB, perplexity and codes_used (share of the codebook), on 1000 validation images, or
-of training if there are no others.
+In metrics.jsonl: loss is L; class_loss, top1 in % (of training; mixed images count as the class of
+the larger part); token_loss, token_acc over hidden patches, or pixel_loss; val_top1 of all
+validation images; knn and retrieval_1nn, monitors on 1000 of them. The tokenizer's: loss is L_vq,
+recon and commitment its terms; psnr in dB, perplexity and codes_used (share of the codebook), on
+1000 validation images, or of training if there are no others.
 
 Provenance   paper: the task beside the class task, image tokens, masked image, shallow decoder
       that is dropped, ViT-B/14.
@@ -383,8 +383,8 @@ def mim_token_loss(logits: Tensor, ids: Tensor, mask: Tensor, smoothing: float =
 
 class SupervisedMIM(nn.Module):
     """A classifier, `encoder` and `head` on its cls token, and beside it a `decoder` that predicts
-    the hidden patches of masked images: tokens if it has other outputs than pixels. Without decoder
-    this is the supervised baseline."""
+    the hidden patches of masked images, as `target` says: "tokens" (it has an output for each code)
+    or "pixels". Without decoder this is the supervised baseline."""
 
     def __init__(self, encoder: common.ViT, head: nn.Linear, decoder: common.Decoder | None = None,
                  mask_ratio: float = 0.5, mim_weight: float = 1.0, target: str = "tokens",

@@ -147,7 +147,8 @@ def supervised_step(name: str, preset: str, batch: int, device: torch.device):
     tokenizer = supervised_mim.build_tokenizer(cfg).to(device).eval().requires_grad_(False)
 
     def loss_of(model: nn.Module, imgs: torch.Tensor) -> torch.Tensor:
-        token_ids = tokenizer.encode(imgs) if name == "mim-tokens" else None
+        with torch.autocast(device.type, enabled=False):  # in fp32, as in the script
+            token_ids = tokenizer.encode(imgs) if name == "mim-tokens" else None
         return model(imgs, labels, token_ids)[0]
 
     @torch.no_grad()
