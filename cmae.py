@@ -40,21 +40,34 @@ the share of queries whose nearest key is their image's; position, position_acc,
 box_area, the mean share of an image that its box covers, 1 before the first update (then at most
 ((n - 1) / n)^2 for n pixels a side: boxes reach from pixel to pixel, not from edge to edge).
 
-Provenance   paper: smaller decoder, contrastive learning, position prediction, ContrastiveCrop;
-      that contrast is on the encoder's output is inferred from its abstract.
-    Authors' later code (SDMAE, arXiv 2212.05677): decoder 128 x 1; colours of view 2; one mask for
-      both views; reconstruction of both; momentum network; weight 0.1; frozen random patch
-      embedding; position head, its target and --position-loss mse; the recipe of "tiny-imagenet".
-    MoCo v3: projector, predictor, loss, momentum.   Peng et al. 2022: boxes, schedule, crops.
-    MAE's paper and code: architecture, masking, reconstruction loss, initialisation.
-    Our choice: positions are predicted where they are withheld (--position-input given is SDMAE's:
-      the answer is part of the input, so it can be solved without looking at the image), by
-      cross-entropy with weight 0.1 (mse: 1); view 1's reconstruction and query come from that same
-      pass, while keys see all positions; the heatmap (a sum over channels after a LayerNorm is
-      constant); flips of both views; 4 decoder heads; without contrast one view and a trained patch
-      embedding, as in MAE; presets "demo", "cifar" and "tiny-imagenet-64".
-Known deviations   All processes compute the heads and the contrastive loss of all images, so that
-    BatchNorm and negatives are global; with --accumulate they are those of a micro-batch.
+Provenance
+    component                                           source
+    smaller decoder, contrastive learning, position     paper
+      prediction, ContrastiveCrop
+    contrast at the encoder's output                    inferred from the abstract
+    decoder 128 x 1; colours of view 2; one mask for    authors' later code: SDMAE, 2212.05677
+      both views, both reconstructed; momentum network,
+      weight 0.1, frozen random patch embedding;
+      position head, its target, --position-loss mse;
+      recipe of "tiny-imagenet"
+    projector, predictor, contrastive loss, momentum    MoCo v3
+    boxes, their schedule, crops                        Peng et al. 2022
+    architecture, masking, loss, initialisation         MAE's paper and code
+    positions predicted where they are withheld         our choice: --position-input given, as in
+                                                        SDMAE, has the answer in its input
+    cross-entropy with weight 0.1 (mse: 1)              our choice
+    attention of cls as heatmap                         our choice: theirs, a sum over channels, is
+                                                        constant after a LayerNorm
+    flips of both views; 4 decoder heads                our choice
+    without contrast one view, patch embedding trained  our choice: then it is MAE
+    presets "demo", "cifar", "tiny-imagenet-64"         our choice
+
+Known deviations
+    what                                                consequence
+    view 1's reconstruction and query come from the     they see half of the positions; keys see all
+      pass whose positions are withheld
+    all processes compute the heads and the contrast    BatchNorm and negatives are global; with
+      of all images                                     --accumulate they are a micro-batch's
 """
 
 import copy
@@ -167,49 +180,55 @@ def sample_contrastive_crop(height: int, width: int, box: Tensor, scale=(0.2, 1.
     Sizes as in RandomResizedCrop; the middle lies in the box, at Beta(alpha, alpha) of its height
     and, independently, of its width, as far as the crop then stays within the image."""
     boxes = box.reshape(-1, 4)
-
-    def place(h: Tensor, w: Tensor) -> list[Tensor]:
-        corners = []
-        for axis, (side, length) in enumerate(((height, h), (width, w))):
-            limits = (side * boxes[:, axis::2]).long() - (length // 2)[:, None]
-            low, high = limits.clamp(min=0).minimum((side - length)[:, None]).T
-            share = torch.distributions.Beta(alpha, alpha).sample((len(boxes),))
-            corners.append(low + ((high - low) * share).long())
-        return corners
-
-    return common.sample_crops(len(boxes), height, width, scale, ratio, place).view(box.shape)
+    h, w, fits = common.crop_sizes(len(boxes), height, width, scale, ratio)
+    corners = []
+    for axis, (side, length) in enumerate(((height, h), (width, w))):
+        room = side - length
+        limits = (side * boxes[:, axis::2]).long() - (length // 2)[:, None]
+        low, high = limits.clamp(min=0).minimum(room[:, None]).T
+        share = torch.distributions.Beta(alpha, alpha).sample((len(boxes),))
+        corners.append(torch.where(fits, low + ((high - low) * share).long(), room // 2))
+    return torch.stack([*corners, h, w], dim=1).view(box.shape)
 
 
 class ContrastiveCrop:
-    """Crops of the images of a training set, by their boxes: RandomResizedCrop before the first
-    `update`. The boxes (N, 4) are in shared memory: workers of a loader see the update."""
+    """Makes `views` crops of each image of a training set, flipped or not, by the image's box;
+    random resized crops before the first `update`. The boxes (N, 4) are in shared memory, where
+    workers of a loader see the update."""
 
-    def __init__(self, count: int, scale: tuple[float, float], alpha: float):
-        self.scale, self.alpha = scale, alpha
+    def __init__(self, count: int, size: int, min_crop: float, alpha: float, views: int):
+        self.size, self.scale, self.alpha, self.views = size, (min_crop, 1.0), alpha, views
         self.boxes = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(count, 1).share_memory_()
         self.known = torch.zeros((), dtype=torch.bool).share_memory_()
 
-    def __call__(self, index: Tensor, height: int, width: int) -> Tensor:
-        if not self.known:
-            return common.sample_crops(len(index), height, width, self.scale)
-        boxes = self.boxes[index]
-        return sample_contrastive_crop(height, width, boxes, self.scale, alpha=self.alpha)
+    def __call__(self, imgs: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.crop(imgs, index) for _ in range(self.views))
 
-    @torch.no_grad()
+    def crop(self, imgs: Tensor, index: Tensor) -> Tensor:
+        """imgs (b, 3, H, W), those of numbers index (b,) -> (b, 3, size, size)."""
+        height, width = imgs.shape[2:]
+        if self.known:
+            boxes = self.boxes[index]
+            crops = sample_contrastive_crop(height, width, boxes, self.scale, alpha=self.alpha)
+        else:
+            crops = common.sample_crops(len(index), height, width, self.scale)
+        return common.crop_resize(imgs, crops, self.size, flip=torch.rand(len(index)) < 0.5)
+
     def update(self, run: common.Run, encoder: common.ViT, images: common.Images) -> None:
-        """New boxes from the encoder's attention to whole images; each process does its share."""
-        size, workers = run.cfg.img_size, run.cfg.workers
-        encoder.eval()
-        found = [torch.empty(0, 4, device=run.device)]
-        for imgs, _ in common.eval_batches(images, size, run.device, workers=workers, squeeze=True):
-            with run.autocast():
-                heatmaps = attention_maps(encoder, imgs)
-            found.append(boxes_from_heatmaps(heatmaps, (size, size)))
-        encoder.train()
-        # Process r has had images r, r + world, ...
-        index = [torch.arange(r, len(images), run.world) for r in range(run.world)]
-        self.boxes[torch.cat(index)] = common.gather_rows(torch.cat(found)).cpu()
+        """New boxes from the encoder's attention to whole images, and a picture of some."""
+        size, whole = (self.size, self.size), functools.partial(whole_image, size=self.size)
+
+        def find(imgs: Tensor) -> Tensor:
+            return boxes_from_heatmaps(attention_maps(encoder, imgs), size)
+
+        boxes, _ = common.outputs(run, encoder, find, images, self.size, view=whole)
+        self.boxes.copy_(boxes)
         self.known.fill_(True)
+        if run.rank == 0:
+            imgs = common.example_images(images, self.size, run.device, view=whole)
+            boxes = self.boxes[common.evenly_spaced(len(images), len(imgs))]
+            rows = draw_boxes(encoder, imgs, boxes)
+            common.save_grid(run.folder / f"boxes_{run.epoch:04d}.png", rows)
 
     def mean_area(self) -> float:
         return (self.boxes[:, 2:] - self.boxes[:, :2]).prod(dim=1).mean().item()
@@ -220,6 +239,11 @@ class ContrastiveCrop:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.boxes.copy_(state["boxes"])
         self.known.copy_(state["known"])
+
+
+def whole_image(imgs: Tensor, index: Tensor, size: int) -> tuple[Tensor, ...]:
+    """A view without crop: height and width to `size`."""
+    return (v2.functional.resize(imgs, [size, size], interpolation=common.BICUBIC),)
 
 
 # ------------------------------------------------------------------------------ losses
@@ -381,6 +405,13 @@ def change_colours(imgs: Tensor) -> Tensor:
     return common.normalize(255 * torch.stack([COLOURS(img) for img in common.denormalize(imgs)]))
 
 
+def update_is_due(run: common.Run) -> bool:
+    """At the start of an epoch, every fifth of the epochs: but not the first, and not where a run
+    is resumed in mid-epoch, which has its boxes already."""
+    every = max(1, round(0.2 * run.cfg.epochs))
+    return run.step % run.loader.steps == 0 and run.epoch > 1 and (run.epoch - 1) % every == 0
+
+
 @torch.no_grad()
 def reconstruct(model: CMAE, imgs: Tensor) -> dict[str, Tensor]:
     """Rows of the reconstruction picture, label -> (N, 3, H, W) normalised images."""
@@ -429,49 +460,32 @@ def main(cfg: Config) -> None:
         if "momentum_encoder" in missing:
             model.momentum_encoder.load_state_dict(model.encoder.state_dict())
     optimizer = common.adamw(model, cfg.weight_decay)
-    parts = dict(model=model, optimizer=optimizer)
 
     train, val = common.pretraining_images(cfg, run.device)
-    crops = None
-    if cfg.crop == "contrastive":
-        crops = ContrastiveCrop(len(train), (cfg.min_crop, 1.0), cfg.crop_alpha)
-        parts |= dict(crops=crops)
-    loader = common.TrainLoader(
-        train, cfg, run, cfg.img_size, sample=crops, views=2 if contrast else 1
-    )
-    pictures = common.eval_batches(val or train, cfg.img_size, run.device, limit=8, share=False)
-    examples, _ = next(pictures)
-    picture = functools.partial(reconstruct, model, examples)
-    run.start(loader, val, **parts)
+    crops = ContrastiveCrop(len(train), cfg.img_size, cfg.min_crop, cfg.crop_alpha, 1 + contrast)
+    loader = common.TrainLoader(train, cfg, run, crops)
+    examples = common.example_images(val or train, cfg.img_size, run.device)
+    run.start(loader, val, model=model, optimizer=optimizer, crops=crops)
     ddp = run.wrap(model)
-    update_every = max(1, round(0.2 * cfg.epochs))
-    for epoch in run.epochs():
-        starts = run.step % loader.steps == 0  # a run resumed in mid-epoch has its boxes already
-        if crops and starts and epoch > 1 and (epoch - 1) % update_every == 0:
+    for _ in run.epochs():
+        if cfg.crop == "contrastive" and update_is_due(run):
             crops.update(run, model.encoder, train)
-            if run.rank == 0:
-                boxes = crops.boxes[common.evenly_spaced(len(train), 8)]
-                whole, _ = next(common.eval_batches(
-                    train, cfg.img_size, run.device, limit=8, share=False, squeeze=True
-                ))  # fmt: skip
-                rows = draw_boxes(model.encoder, whole, boxes)
-                common.save_grid(run.folder / f"boxes_{epoch:04d}.png", rows)
         for micro_batches in run.steps():
             run.set_lr(optimizer)
             momentum = momentum_at(run.step, run.total, cfg.momentum)
             for view1, *view2, _ in micro_batches:
-                with run.forward(ddp):
+                with run.autocast():
                     view2 = [change_colours(x) for x in view2]
                     loss, stats = ddp(view1, *view2, momentum=momentum)
                 run.backward(loss)
                 run.log(loss=loss, **stats)
                 momentum = None  # it moves once a step
             run.update(optimizer)
-        results = dict(box_area=crops.mean_area()) if crops else {}
+        results = dict(box_area=crops.mean_area())
         if model.position_weight:
             results |= dict(position_chance=model.position_chance)
-        run.end_epoch(model.encoder, picture, **results)
-    run.finish()
+        run.end_epoch(model.encoder, picture=lambda: reconstruct(model, examples), **results)
+    common.finish(run)
 
 
 if __name__ == "__main__":

@@ -27,9 +27,9 @@ encoder's size stay whole.
 
 Provenance   linear, finetune: He et al. 2022, appendix A, and their published settings.
              knn: Wu et al. 2018, in the form of DINO (Caron et al. 2021).
-             Our choices: cached features; for encoders narrower than ViT-B
-             its settings; RandAugment "m9" is torchvision's operations at magnitude 9 of 10, two of
-             them with probability 1/2 each as in timm, without timm's magnitude noise.
+             Our choices: cached features; for encoders narrower than ViT-B its settings;
+             RandAugment "m9" is torchvision's operations at magnitude 9 of 10, two of them with
+             probability 1/2 each as in timm, without timm's magnitude noise.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 import common
-from common import UserError, accuracy, extract_features, knn_scores, validate
+from common import UserError, accuracy, knn_scores
 
 
 @dataclass(kw_only=True)
@@ -141,8 +141,7 @@ class FineTuned(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, imgs: Tensor) -> Tensor:  # (B, C, H, W) -> (B, classes)
-        tokens = self.encoder(imgs)
-        return self.head(self.norm(tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(1)))
+        return self.head(self.norm(pooled(self.encoder(imgs), self.pool)))
 
 
 def layer_decay_groups(model: nn.Module, lr: float, weight_decay: float, decay: float):
@@ -172,13 +171,21 @@ def linear_head(width: int, num_classes: int) -> nn.Sequential:
     return nn.Sequential(nn.BatchNorm1d(width, affine=False, eps=1e-6), linear)
 
 
+def pooled(tokens: Tensor, pool: str) -> Tensor:
+    """(B, 1+L, D) -> (B, D): the "cls" token, or the "mean" of the patch tokens."""
+    return tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(dim=1)
+
+
+def extract_features(encoder: common.ViT, loader, pool: str = "cls") -> tuple[Tensor, Tensor]:
+    """Features (M, D) fp32 and labels (M,) of the (images, labels) of `loader`: encoder in eval
+    mode, nothing hidden, after the final norm."""
+    return common.collect(encoder, lambda imgs: pooled(encoder(imgs), pool), loader)
+
+
 def all_features(run: common.Run, encoder: common.ViT, images: common.Images):
     """Features (N, D) and labels (N,) of all images, in every process."""
-    size = encoder.settings["img_size"]
-    batches = common.eval_batches(images, size, run.device, workers=run.cfg.workers)
-    with run.autocast():
-        features, labels = extract_features(encoder, batches, run.cfg.pool)
-    return common.gather_rows(features), common.gather_rows(labels)
+    size, pool = encoder.settings["img_size"], run.cfg.pool
+    return common.outputs(run, encoder, lambda imgs: pooled(encoder(imgs), pool), images, size)
 
 
 def evaluate_knn(run, encoder: common.ViT, train: common.Images, val: common.Images) -> dict:
@@ -215,68 +222,80 @@ def evaluate_cached(run, encoder: common.ViT, train: common.Images, val: common.
         return accuracy(head.eval()(test), test_labels)
 
 
+def train_and_validate(run, model: nn.Module, optimizer, loader, loss_of, predict, val, size: int,
+                       floor: float = 0.0) -> dict:
+    """Minimise loss_of(ddp, imgs, labels), `ddp` being the model to call; validate predict(imgs)
+    after each epoch. Returns the last accuracy."""
+
+    def validate() -> dict:
+        return accuracy(*common.outputs(run, model, predict, val, size))
+
+    run.start(loader, model=model, optimizer=optimizer)
+    ddp, results = run.wrap(model), {}
+    for _ in run.epochs():
+        for micro_batches in run.steps():
+            run.set_lr(optimizer, floor)
+            for imgs, labels in micro_batches:
+                with run.autocast():
+                    loss = loss_of(ddp, imgs, labels)
+                run.backward(loss)
+                run.log(loss=loss)
+            run.update(optimizer)
+        results = validate()
+        run.end_epoch(**results)
+    return results or validate()
+
+
 def evaluate_linear(run, encoder: common.ViT, train: common.Images, val: common.Images) -> dict:
     """The full linear probe: the frozen encoder sees a new crop of each image in every epoch."""
     cfg, size = run.cfg, encoder.settings["img_size"]
     encoder.eval().requires_grad_(False)
     head = linear_head(encoder.embed_dim, len(train.classes)).to(run.device)
     optimizer = LARS(head.parameters(), weight_decay=cfg.weight_decay)
-    run.start(common.TrainLoader(train, cfg, run, size), model=head, optimizer=optimizer)
-    ddp, results = run.wrap(head), {}
+    loader = common.TrainLoader(train, cfg, run, common.RandomCrop(size, cfg.min_crop))
 
-    def feature(imgs: Tensor) -> Tensor:
-        return extract_features(encoder, [(imgs, imgs)], cfg.pool)[0]
+    def predict(imgs: Tensor, head=head) -> Tensor:
+        return head(pooled(encoder(imgs), cfg.pool))
 
-    for _ in run.epochs():
-        for micro_batches in run.steps():
-            run.set_lr(optimizer)
-            for imgs, labels in micro_batches:
-                with run.forward(ddp):
-                    loss = F.cross_entropy(ddp(feature(imgs)), labels)
-                run.backward(loss)
-                run.log(loss=loss)
-            run.update(optimizer)
-        results = validate(run, head, lambda imgs: head(feature(imgs)), val, size)
-        run.end_epoch(**results)
-    return results or validate(run, head, lambda imgs: head(feature(imgs)), val, size)
+    def loss_of(ddp, imgs: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(predict(imgs, ddp), labels)
+
+    return train_and_validate(run, head, optimizer, loader, loss_of, predict, val)
+
+
+class Augment:
+    """MAE's for fine-tuning, in the loader's workers, image by image."""
+
+    def __init__(self, size: int, min_crop: float):
+        self.size, self.crop = size, common.RandomCrop(size, min_crop)
+        bilinear, fill = v2.InterpolationMode.BILINEAR, [round(255 * x) for x in common.MEAN]
+        one = v2.RandAugment(1, 9, num_magnitude_bins=11, interpolation=bilinear, fill=fill)
+        self.change = v2.Compose([v2.RandomApply([one], p=0.5)] * 2)
+
+    def __call__(self, imgs: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        (crops,) = self.crop(imgs, index)
+        return (torch.stack([self.change(img) for img in crops]),)
 
 
 def evaluate_finetune(run, encoder: common.ViT, train: common.Images, val: common.Images) -> dict:
     """Train everything, with MAE's recipe."""
-    cfg, size, classes = run.cfg, encoder.settings["img_size"], len(train.classes)
-    one_operation = v2.RandAugment(
-        1, magnitude=9, num_magnitude_bins=11, interpolation=common.BICUBIC,
-        fill=[round(255 * x) for x in common.MEAN],
-    )  # fmt: skip
-    augment = v2.Compose([  # in the loader's workers, image by image
-        v2.RandomResizedCrop(size, (cfg.min_crop, 1.0), interpolation=common.BICUBIC),
-        v2.RandomHorizontalFlip(),
-        *[v2.RandomApply([one_operation], p=0.5)] * 2,
-    ])  # fmt: skip
-    erase = v2.RandomErasing(cfg.erasing, value="random")
-    mixes = [v2.MixUp(alpha=cfg.mixup, num_classes=classes)] if cfg.mixup else []
-    mixes += [v2.CutMix(alpha=cfg.cutmix, num_classes=classes)] if cfg.cutmix else []
-    mix = v2.RandomChoice(mixes) if mixes else lambda imgs, labels: (imgs, labels)
-
+    cfg, classes = run.cfg, len(train.classes)
     model = FineTuned(encoder, classes, cfg.pool).to(run.device)
     groups = layer_decay_groups(model, 0.0, cfg.weight_decay, cfg.layer_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
-    loader = common.TrainLoader(train, cfg, run, size, augment)
-    run.start(loader, model=model, optimizer=optimizer)
-    ddp, results = run.wrap(model), {}
-    for _ in run.epochs():
-        for micro_batches in run.steps():
-            run.set_lr(optimizer, floor=1e-6)
-            for imgs, labels in micro_batches:
-                with run.forward(ddp):
-                    imgs, targets = mix(torch.stack([erase(img) for img in imgs]), labels)
-                    loss = F.cross_entropy(ddp(imgs), targets, label_smoothing=cfg.smoothing)
-                run.backward(loss)
-                run.log(loss=loss)
-            run.update(optimizer)
-        results = validate(run, model, model, val, size)
-        run.end_epoch(**results)
-    return results or validate(run, model, model, val, size)
+    augment = Augment(encoder.settings["img_size"], cfg.min_crop)
+    loader = common.TrainLoader(train, cfg, run, augment, single=True)
+    erase = v2.RandomErasing(cfg.erasing, value="random")
+    mixes = [v2.MixUp(alpha=cfg.mixup, num_classes=classes)] if cfg.mixup else []
+    mixes += [v2.CutMix(alpha=cfg.cutmix, num_classes=classes)] if cfg.cutmix else []
+
+    def loss_of(ddp, imgs: Tensor, labels: Tensor) -> Tensor:
+        imgs = torch.stack([erase(img) for img in imgs])
+        if mixes:
+            imgs, labels = v2.RandomChoice(mixes)(imgs, labels)
+        return F.cross_entropy(ddp(imgs), labels, label_smoothing=cfg.smoothing)
+
+    return train_and_validate(run, model, optimizer, loader, loss_of, model, val, floor=1e-6)
 
 
 @common.entry_point
@@ -320,7 +339,9 @@ def main(cfg: Config) -> None:
     evaluate = evaluate_cached if cached else evaluate
 
     def measure(name: str) -> dict:
-        run = common.Run(Config(**settings | {"out": str(folder / f"{run_name}{name}")}))
+        # A training is resumed whoever asks for it: what it computes does not depend on these.
+        same = {"encoder": "", "baseline": False, "out": str(folder / f"{run_name}{name}")}
+        run = common.Run(Config(**settings | same))
         untrained = common.ViT(**shape, drop_path=drop_path)
         encoder = untrained if name else common.load_encoder(path, drop_path)
         return evaluate(run, encoder.to(run.device), train, val)

@@ -43,23 +43,38 @@ pix, feat, style and adv are its terms; d_loss is L_D without R1; r1 and path ar
 their weights, on the steps that have them, and in neither loss; real_score and fake_score the means
 of D(x) and D(y); g_norm and d_norm those of the gradients; ada_p the augmentation's p.
 
-Provenance   paper: perceptual and style loss in features of D, multi-scale gradients, StyleGAN2-ADA
-    Authors' code: loss weights; which maps are features; a new copy of D every 5 epochs; skips and
-      image heads of the decoder, and their order; layers of both discriminators; gamma of R1; the
-      numbers in PRESETS["imagenet"]. Karras et al. 2020, whom the paper names: logistic loss, lazy
-      R1, path length, augmentations (drawn anew for reals and fakes) and the rule for p.
-    MAE's paper and code: PRESETS["imagenet-mae"]; initialisation; masked MSE.
-    Our choice: presets "demo" and "cifar"; width of fromRGB; which of a block's convolutions
-      widens; anti-aliased real pyramid; fewer layers of the one-scale D at small images; no random
-      gamma and gain of colours; bf16 on GPUs; a warm-up of at most a fifth of --epochs.
-Known deviations   D and the generator step at the same time, from one forward pass of each, so that
-    micro-batches need not be kept. Statistics over a batch (BatchNorm of "ls", minibatch deviation
-    of the others) are over the images of one process and micro-batch: keep at least 4 there. R1 is
-    that of D's input, after augmentation, which resamples bilinearly: grid_sample has no second
-    derivative. Path length is that of the full-size image. Defects of the released code that are
-    mended: perceptual losses without gradient, an L1 counted twice, scores averaged before they are
-    squared, a copy of D that was not frozen, two scales with one fromRGB, blocks that never ran,
-    two forward passes a step.
+Provenance
+    component                                           source
+    perceptual and style loss in features of D          paper
+    multi-scale gradients, StyleGAN2-ADA                paper
+    weights of the losses; which maps are features;     authors' code
+      a new copy of D every 5 epochs
+    skips and image heads of the decoder, their order   authors' code
+    layers of both discriminators, gamma of R1          authors' code
+    numbers in PRESETS["imagenet"]                      authors' code
+    logistic loss, lazy R1, path length, the            Karras et al. 2020, whom the paper names
+      augmentations (drawn anew for reals and fakes)
+      and the rule for p
+    PRESETS["imagenet-mae"], initialisation, loss       MAE's paper and code
+    width of fromRGB; which convolution widens          our choice
+    anti-aliased real pyramid; fewer layers of the      our choice
+      one-scale D at small images
+    no random gamma and gain of colours; bf16 on GPUs   our choice
+    presets "demo" and "cifar"                          our choice
+
+Known deviations
+    what                                                consequence
+    D and the generator step at the same time           one forward pass of each; no micro-batch is
+                                                        kept for a second one
+    BatchNorm of "ls" and minibatch deviation of the    keep at least 4 images in a micro-batch
+      others are of a process and micro-batch
+    R1 is of D's input after augmentation               none while p is 0
+    augmentation resamples bilinearly                   grid_sample has no second derivative
+    path length is of the full-size image               smaller ones are not regularised
+    warm-up is at most a fifth of --epochs              none in the published recipes
+    defects of the released code are mended: perceptual losses without gradient, an L1 counted
+    twice, scores averaged before they are squared, a copy of D that was not frozen, two scales with
+    one fromRGB, blocks that never ran, two forward passes a step
 """
 
 import copy
@@ -247,6 +262,47 @@ class PerceptualMAE(nn.Module):
         return [image.float() for image in reconstruction]
 
 
+# ------------------------------------------------------------------------------ losses
+
+
+def gram_matrix(f: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, C, C): products of channels over CHW, in fp32: half precision would lose
+    the small differences between two of them."""
+    with torch.autocast(f.device.type, enabled=False):
+        rows = f.float().flatten(2)
+        return rows @ rows.mT / rows[0].numel()
+
+
+def feature_loss(fake: list[Tensor], real: list[Tensor]) -> Tensor:
+    """L_feat of feature maps (B, C, H, W)."""
+    return sum((f.float() - r.float()).abs().mean() for f, r in zip(fake, real, strict=True))
+
+
+def style_loss(fake: list[Tensor], real: list[Tensor]) -> Tensor:
+    """L_style of feature maps (B, C, H, W)."""
+    return feature_loss([gram_matrix(f) for f in fake], [gram_matrix(r) for r in real])
+
+
+def ls_d_loss(real_score: Tensor, fake_score: Tensor) -> Tensor:
+    """Least squares, on raw scores (B,) of each image."""
+    return 0.5 * (real_score - 1).square().mean() + 0.5 * fake_score.square().mean()
+
+
+def ls_g_loss(fake_score: Tensor) -> Tensor:
+    """The same for the generator: fakes (B,) should score 1."""
+    return 0.5 * (fake_score - 1).square().mean()
+
+
+def logistic_d_loss(real_score: Tensor, fake_score: Tensor) -> Tensor:
+    """Logistic loss of StyleGAN2 (Karras et al. 2020), on raw scores (B,)."""
+    return F.softplus(-real_score).mean() + F.softplus(fake_score).mean()
+
+
+def logistic_g_loss(fake_score: Tensor) -> Tensor:
+    """Not saturating: the gradient stays while D tells fakes easily."""
+    return F.softplus(-fake_score).mean()
+
+
 # ------------------------------------------------------------------------------ discriminators
 
 
@@ -318,45 +374,97 @@ class MSGDiscriminator(nn.Module):
         return fp32_score(self.score, self.final(x)), features
 
 
-# ------------------------------------------------------------------------------ losses
+# ------------------------------------------------------------------------------ the two players
 
 
-def gram_matrix(f: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, C, C): products of channels over CHW, in fp32: half precision would lose
-    the small differences between two of them."""
-    with torch.autocast(f.device.type, enabled=False):
-        rows = f.float().flatten(2)
-        return rows @ rows.mT / rows[0].numel()
+class Adversary(nn.Module):
+    """What the generator trains against, and all its state: the discriminator; its frozen copy, in
+    whose features images are compared; with `ada` the augmentation and the path length."""
+
+    def __init__(self, discriminator: nn.Module, ada: bool = True, feature_weight: float = 0.05,
+                 style_weight: float = 40.0, adv_weight: float = 0.7, r1_gamma: float = 10.0,
+                 path_weight: float = 2.0, r1_every: int = 16, path_every: int = 4):
+        super().__init__()
+        self.discriminator, self.frozen = discriminator, copy.deepcopy(discriminator)
+        self.frozen.eval().requires_grad_(False)
+        self.augment, self.path_length, self.real_scores = AdaptiveAugment(), PathLength(), []
+        self.ada, self.r1_gamma, self.r1_every = ada, r1_gamma, r1_every
+        self.path_weight, self.path_every = path_weight, path_every
+        self.feature_weight, self.style_weight = feature_weight, style_weight
+        self.adv_weight = adv_weight
+
+    def refresh(self) -> None:
+        """Copy D, batch statistics included: those of the first process, as each has its own."""
+        self.frozen.load_state_dict(self.discriminator.state_dict())
+        if dist.is_initialized():
+            for buffer in self.frozen.buffers():
+                dist.broadcast(buffer, 0)
+
+    def perceptual_losses(self, fake: list[Tensor], real: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """L_feat and L_style. Their gradient goes through the frozen copy into the fakes."""
+        with torch.no_grad():
+            _, real_features = self.frozen(real)
+        _, fake_features = self.frozen(fake)
+        return feature_loss(fake_features, real_features), style_loss(fake_features, real_features)
+
+    def losses(self, model: nn.Module, discriminator: nn.Module, imgs: Tensor, step: int):
+        """imgs (B, 3, S, S) -> the generator's loss, D's loss, stats to log. `model` and
+        `discriminator`: the modules to call, wrapped for several processes.
+
+        Both losses come from the same forward passes. So D's must be differentiated for D's
+        parameters alone, as if the fakes were detached, and the generator's for its own alone."""
+        with_path, with_r1 = (self.ada and step % n == 0 for n in (self.path_every, self.r1_every))
+        with twice_differentiable() if with_path else nullcontext():
+            reconstruction, _, tokens = model(imgs, return_tokens=True)
+        fake = getattr(model, "module", model).images(reconstruction)
+        real = image_pyramid(imgs, [image.shape[-1] for image in fake])
+        pix = (fake[0] - real[0]).abs().mean()
+        feat, style = self.perceptual_losses(fake, real)
+
+        seen_fake, seen_real = (self.augment(x) if self.ada else x for x in (fake, real))
+        seen_real = [image.detach().requires_grad_(with_r1) for image in seen_real]
+        fake_score, _ = discriminator(seen_fake)
+        # R1 in fp32: autocast would also round the products within the gradient.
+        with torch.autocast(imgs.device.type, enabled=False) if with_r1 else nullcontext():
+            real_score, _ = discriminator(seen_real)
+            r1 = r1_penalty(real_score, seen_real) if with_r1 else None
+        adv = logistic_g_loss(fake_score) if self.ada else ls_g_loss(fake_score)
+        d_loss = (logistic_d_loss if self.ada else ls_d_loss)(real_score, fake_score)
+        self.real_scores.append(real_score.detach())
+
+        g_loss = pix + self.feature_weight * feat + self.style_weight * style
+        g_loss = g_loss + self.adv_weight * adv
+        stats = dict(loss=g_loss, pix=pix, feat=feat, style=style, adv=adv, d_loss=d_loss,
+                     real_score=real_score.mean(), fake_score=fake_score.mean())  # fmt: skip
+        if with_r1:
+            stats["r1"] = r1
+            d_loss = d_loss + self.r1_every * self.r1_gamma / 2 * r1
+        if with_path:
+            stats["path"] = self.path_length(fake[0], tokens)
+            g_loss = g_loss + self.path_every * self.path_weight * stats["path"]
+        return g_loss, d_loss, stats
+
+    def end_step(self, batch_size: int) -> None:
+        """After a step of `batch_size` images over all processes: what follows from its scores."""
+        self.path_length.update()
+        if self.ada:
+            self.augment.update(torch.cat(self.real_scores), batch_size)
+        self.real_scores = []
+
+    def results(self) -> dict[str, float]:
+        """To log at an epoch's end."""
+        return dict(ada_p=self.augment.p) if self.ada else {}
 
 
-def feature_loss(fake: list[Tensor], real: list[Tensor]) -> Tensor:
-    """L_feat of feature maps (B, C, H, W)."""
-    return sum((f.float() - r.float()).abs().mean() for f, r in zip(fake, real, strict=True))
+# ------------------------------------------------------------------------------ StyleGAN2-ADA
 
 
-def style_loss(fake: list[Tensor], real: list[Tensor]) -> Tensor:
-    """L_style of feature maps (B, C, H, W)."""
-    return feature_loss([gram_matrix(f) for f in fake], [gram_matrix(r) for r in real])
-
-
-def ls_d_loss(real_score: Tensor, fake_score: Tensor) -> Tensor:
-    """Least squares, on raw scores (B,) of each image."""
-    return 0.5 * (real_score - 1).square().mean() + 0.5 * fake_score.square().mean()
-
-
-def ls_g_loss(fake_score: Tensor) -> Tensor:
-    """The same for the generator: fakes (B,) should score 1."""
-    return 0.5 * (fake_score - 1).square().mean()
-
-
-def logistic_d_loss(real_score: Tensor, fake_score: Tensor) -> Tensor:
-    """Logistic loss of StyleGAN2 (Karras et al. 2020), on raw scores (B,)."""
-    return F.softplus(-real_score).mean() + F.softplus(fake_score).mean()
-
-
-def logistic_g_loss(fake_score: Tensor) -> Tensor:
-    """Not saturating: the gradient stays while D tells fakes easily."""
-    return F.softplus(-fake_score).mean()
+@contextmanager
+def twice_differentiable():
+    """Forward passes whose gradient can be differentiated: neither fused attention nor compiled
+    code can be."""
+    with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def r1_penalty(real_score: Tensor, images: list[Tensor]) -> Tensor:
@@ -388,18 +496,8 @@ class PathLength(nn.Module):
         """Once a step, so that micro-batches are measured against the same mean."""
         if self.pending:
             lengths = torch.stack(self.pending).mean()
-            self.mean.lerp_(mean_over_processes(lengths), self.decay)
+            self.mean.lerp_(common.mean_over_processes(lengths), self.decay)
             self.pending = []
-
-
-def mean_over_processes(x: Tensor) -> Tensor:
-    if dist.is_initialized():
-        x = x / dist.get_world_size()
-        dist.all_reduce(x)
-    return x
-
-
-# ------------------------------------------------------------------------------ augmentation
 
 
 class AdaptiveAugment(nn.Module):
@@ -433,7 +531,7 @@ class AdaptiveAugment(nn.Module):
         """Once a step: D's scores (b,) of real images in this process, and how many images all the
         processes saw. Every 4 steps r_t = E[sign D(x)] is compared with 0.6, and p goes up or down
         at a speed of 1 in 500 000 images."""
-        signs = mean_over_processes(real_scores.detach().sign().mean())
+        signs = common.mean_over_processes(real_scores.detach().sign().mean())
         self.signs, self.calls = self.signs + signs, self.calls + 1
         self.images += batch_size
         if self.calls == self.every:
@@ -517,99 +615,43 @@ def random_colour(count: int, p: float) -> tuple[Tensor, Tensor]:
     return matrix * scale.T / scale, (matrix @ (origin + b) - origin) / scale
 
 
-# ------------------------------------------------------------------------------ the two players
-
-
-@contextmanager
-def twice_differentiable():
-    """Forward passes whose gradient can be differentiated: neither fused attention nor compiled
-    code can be."""
-    with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
-        yield
-
-
-class Adversary(nn.Module):
-    """What the generator trains against, and all its state: the discriminator; its frozen copy, in
-    whose features images are compared; with `ada` the augmentation and the path length."""
-
-    def __init__(self, discriminator: nn.Module, ada: bool = True, feature_weight: float = 0.05,
-                 style_weight: float = 40.0, adv_weight: float = 0.7, r1_gamma: float = 10.0,
-                 path_weight: float = 2.0, r1_every: int = 16, path_every: int = 4):
-        super().__init__()
-        self.discriminator, self.frozen = discriminator, copy.deepcopy(discriminator)
-        self.frozen.eval().requires_grad_(False)
-        self.augment, self.path_length, self.real_scores = AdaptiveAugment(), PathLength(), []
-        self.ada, self.r1_gamma, self.r1_every = ada, r1_gamma, r1_every
-        self.path_weight, self.path_every = path_weight, path_every
-        self.feature_weight, self.style_weight = feature_weight, style_weight
-        self.adv_weight = adv_weight
-
-    def refresh(self) -> None:
-        """Copy D, batch statistics included: those of the first process, as each has its own."""
-        self.frozen.load_state_dict(self.discriminator.state_dict())
-        if dist.is_initialized():
-            for buffer in self.frozen.buffers():
-                dist.broadcast(buffer, 0)
-
-    def perceptual_losses(self, fake: list[Tensor], real: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """L_feat and L_style. Their gradient goes through the frozen copy into the fakes."""
-        with torch.no_grad():
-            _, real_features = self.frozen(real)
-        _, fake_features = self.frozen(fake)
-        return feature_loss(fake_features, real_features), style_loss(fake_features, real_features)
-
-    def losses(self, model: nn.Module, discriminator: nn.Module, imgs: Tensor, step: int):
-        """imgs (B, 3, S, S) -> the generator's loss, D's loss, terms to log. `model` and
-        `discriminator`: the modules to call, wrapped for several processes.
-
-        Both losses come from the same forward passes. So D's must be differentiated for D's
-        parameters alone, as if the fakes were detached, and the generator's for its own alone."""
-        with_path, with_r1 = (self.ada and step % n == 0 for n in (self.path_every, self.r1_every))
-        with twice_differentiable() if with_path else nullcontext():
-            reconstruction, _, tokens = model(imgs, return_tokens=True)
-        fake = getattr(model, "module", model).images(reconstruction)
-        real = image_pyramid(imgs, [image.shape[-1] for image in fake])
-        pix = (fake[0] - real[0]).abs().mean()
-        feat, style = self.perceptual_losses(fake, real)
-
-        seen_fake, seen_real = (self.augment(x) if self.ada else x for x in (fake, real))
-        seen_real = [image.detach().requires_grad_(with_r1) for image in seen_real]
-        fake_score, _ = discriminator(seen_fake)
-        # R1 in fp32: autocast would also round the products within the gradient.
-        with torch.autocast(imgs.device.type, enabled=False) if with_r1 else nullcontext():
-            real_score, _ = discriminator(seen_real)
-            r1 = r1_penalty(real_score, seen_real) if with_r1 else None
-        adv = logistic_g_loss(fake_score) if self.ada else ls_g_loss(fake_score)
-        d_loss = (logistic_d_loss if self.ada else ls_d_loss)(real_score, fake_score)
-        self.real_scores.append(real_score.detach())
-
-        g_loss = pix + self.feature_weight * feat + self.style_weight * style
-        g_loss = g_loss + self.adv_weight * adv
-        terms = dict(loss=g_loss, pix=pix, feat=feat, style=style, adv=adv, d_loss=d_loss,
-                     real_score=real_score.mean(), fake_score=fake_score.mean())  # fmt: skip
-        if with_r1:
-            terms["r1"] = r1
-            d_loss = d_loss + self.r1_every * self.r1_gamma / 2 * r1
-        if with_path:
-            terms["path"] = self.path_length(fake[0], tokens)
-            g_loss = g_loss + self.path_every * self.path_weight * terms["path"]
-        return g_loss, d_loss, terms
-
-    def end_step(self, batch_size: int) -> None:
-        """After a step of `batch_size` images over all processes: what follows from its scores."""
-        self.path_length.update()
-        if self.ada:
-            self.augment.update(torch.cat(self.real_scores), batch_size)
-        self.real_scores = []
-
-
 # ------------------------------------------------------------------------------ training
+
+
+def mae_step(run: common.Run, micro_batches, model: nn.Module, optimizer, norm_pix: bool) -> None:
+    for imgs, _ in micro_batches:
+        with run.autocast():
+            pred, mask = model(imgs)
+            patches = common.patchify(imgs, run.cfg.patch_size)
+            loss = common.masked_mse(pred, patches, mask, norm_pix)
+        run.backward(loss)
+        run.log(loss=loss)
+    run.update(optimizer)
+
+
+def gan_step(run: common.Run, micro_batches, model: nn.Module, discriminator: nn.Module,
+             adversary: Adversary, optimizer, d_optimizer) -> None:
+    if run.step % max(1, round(run.cfg.refresh_epochs * run.loader.steps)) == 0:
+        adversary.refresh()
+    for imgs, _ in micro_batches:
+        with run.autocast():
+            g_loss, d_loss, stats = adversary.losses(model, discriminator, imgs, run.step)
+        run.backward(d_loss, inputs=trainable(discriminator), retain_graph=True)
+        run.backward(g_loss, inputs=trainable(model))
+        run.log(**stats)
+        del g_loss, d_loss, stats  # and with them the graph, before the next is made
+    adversary.end_step(run.cfg.batch_size)
+    g_norm, d_norm = run.update(optimizer, d_optimizer)
+    run.log(g_norm=g_norm, d_norm=d_norm)
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 @torch.no_grad()
 def reconstruct(model: PerceptualMAE, imgs: Tensor, norm_pix: bool) -> dict[str, Tensor]:
-    """Rows of the reconstruction picture, label -> (N, 3, H, W) normalised images. `norm_pix`:
-    patches were predicted in units of their own mean and std."""
+    """Rows of the reconstruction picture, label -> (N, 3, H, W) normalised images."""
     pred, mask = model.forward(imgs)  # not compiled anew for this number of images
     whole, *smaller = model.images(pred)
     p = model.encoder.patch_size
@@ -637,10 +679,6 @@ def build_adversary(cfg: Config) -> Adversary:
     )  # fmt: skip
 
 
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
 @common.entry_point
 def main(cfg: Config) -> None:
     run = common.Run(cfg)
@@ -648,54 +686,29 @@ def main(cfg: Config) -> None:
     if cfg.init_from:
         common.init_from(cfg.init_from, model)
     optimizer = common.adamw(model, cfg.weight_decay)
-    parts = dict(model=model, optimizer=optimizer)
-    adversarial = cfg.variant != "mae"
-    if adversarial:
+    state, plain = dict(model=model, optimizer=optimizer), cfg.variant == "mae"
+    if not plain:
         adversary = build_adversary(cfg).to(run.device)
         d_optimizer = common.adamw(adversary.discriminator, 0.0, cfg.disc_lr)
-        parts |= dict(adversary=adversary, d_optimizer=d_optimizer)
+        state |= dict(adversary=adversary, d_optimizer=d_optimizer)
 
     train, val = common.pretraining_images(cfg, run.device)
-    loader = common.TrainLoader(train, cfg, run, cfg.img_size)
-    pictures = common.eval_batches(val or train, cfg.img_size, run.device, limit=8, share=False)
-    examples, _ = next(pictures)
-    picture = functools.partial(reconstruct, model, examples, cfg.norm_pix and not adversarial)
-    run.start(loader, val, **parts)
-    ddp = run.wrap(model)
-    if adversarial:
-        ddp_d = run.wrap(adversary.discriminator, compile=False)
-        refresh_every = max(1, round(cfg.refresh_epochs * loader.steps))
+    loader = common.TrainLoader(train, cfg, run, common.RandomCrop(cfg.img_size, cfg.min_crop))
+    examples = common.example_images(val or train, cfg.img_size, run.device)
+    picture = functools.partial(reconstruct, model, examples, norm_pix=plain and cfg.norm_pix)
+    run.start(loader, val, **state)
+    ddp, ddp_d = run.wrap(model), None if plain else run.wrap(adversary.discriminator, False)
     for epoch in run.epochs():
-        lr = None  # warm-up and cosine
-        if cfg.lr_decay is not None:
-            lr = run.peak_lr * cfg.lr_decay ** ((epoch - 1) // 30)
+        # None: warm-up and cosine
+        lr = cfg.lr_decay and run.peak_lr * cfg.lr_decay ** ((epoch - 1) // 30)
         for micro_batches in run.steps():
             run.set_lr(optimizer, lr=lr)
-            if not adversarial:
-                for imgs, _ in micro_batches:
-                    with run.forward(ddp):
-                        pred, mask = ddp(imgs)
-                        target = common.patchify(imgs, cfg.patch_size)
-                        loss = common.masked_mse(pred, target, mask, cfg.norm_pix)
-                    run.backward(loss)
-                    run.log(loss=loss)
-                run.update(optimizer)
-                continue
-
-            if run.step % refresh_every == 0:
-                adversary.refresh()
-            for imgs, _ in micro_batches:
-                with run.forward(ddp, ddp_d):
-                    g_loss, d_loss, terms = adversary.losses(ddp, ddp_d, imgs, run.step)
-                run.backward(d_loss, inputs=trainable(ddp_d), retain_graph=True)
-                run.backward(g_loss, inputs=trainable(ddp))
-                run.log(**terms)
-                del g_loss, d_loss, terms  # and with them the graph, before the next is made
-            adversary.end_step(cfg.batch_size)
-            run.update(optimizer, d_optimizer, log_norms=("g_norm", "d_norm"))
-        results = dict(ada_p=adversary.augment.p) if adversarial and adversary.ada else {}
-        run.end_epoch(model.encoder, picture, **results)
-    run.finish()
+            if plain:
+                mae_step(run, micro_batches, ddp, optimizer, cfg.norm_pix)
+            else:
+                gan_step(run, micro_batches, ddp, ddp_d, adversary, optimizer, d_optimizer)
+        run.end_epoch(model.encoder, picture, **({} if plain else adversary.results()))
+    common.finish(run)
 
 
 if __name__ == "__main__":

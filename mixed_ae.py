@@ -35,19 +35,27 @@ topk_accuracy, in the last block the share of homologous patches among the K of 
 are those attended to unless homologous attention is off: r by chance (a patch itself counts). The
 segment embedding may tell them as well as the content does.
 
-Provenance   paper: mixing, homologous attention and contrastive loss, segment embedding, switches,
-      a curve of topk_accuracy, optimisation as MAE's with a batch of 1024.
-    Paper, unverified (from memory): attention in all blocks but the first; where the segment
-      embedding is added; tau 0.25, weight 0.1.
-    Inferred: groups of four with one mixed image each, from the paper's 3 % more time than MAE
-      (groups of two would cost 46 % more, four mixtures of four images 137 %).
-    MAE's paper and code: architecture, initialisation, reconstruction loss, recipe.
-    Our choice: cls attends to all and all attend to it, beyond the K; no projector before the
-      contrastive loss; std 0.02 and weight decay of the segment embedding; topk_accuracy of the
-      last block, over heads and patch queries; presets "demo" and "cifar".
-Known deviations   Patches are mixed before their embedding, not after it: as each stays in its
-    place the result is the same, for 1/G of the work. Groups are formed within a micro-batch. The
-    contrastive loss is in fp32 whatever the precision.
+Provenance
+    component                                           source
+    mixing, homologous attention and loss, segment      paper
+    switches, a curve of topk_accuracy, batch 1024      paper
+    attention in all blocks but the first               paper, unverified (from memory)
+    segments added at the input, tau 0.25, weight 0.1   paper, unverified (from memory)
+    groups of four, one mixture each                    inferred from the paper's 3 % more time than
+                                                        MAE: groups of two would cost 46 % more,
+                                                        four mixtures of four images 137 %
+    architecture, initialisation, loss, recipe          MAE's paper and code
+    cls attends to all and all to cls, beyond the K     our choice
+    no projector before the contrastive loss            our choice
+    std 0.02 and weight decay of the segments           our choice
+    topk_accuracy of the last block, mean over heads    our choice
+    presets "demo" and "cifar"                          our choice
+
+Known deviations
+    what                                                consequence
+    patches are mixed before their embedding            none: each stays in its place; 1/G the work
+    groups are formed within a micro-batch              it must be divisible by G
+    the contrastive loss is fp32 in any precision       none but accuracy
 """
 
 import functools
@@ -101,10 +109,6 @@ PRESETS = {
 # ------------------------------------------------------------------------------ mixing
 
 
-def nearest_multiple(number: int, factor: int) -> int:
-    return max(factor, round(number / factor) * factor)
-
-
 def group_size_of(ratio: float) -> int:
     """Images in a group, 1 / ratio. UserError if that is no whole number above 1."""
     size = max(2, round(1 / ratio))
@@ -116,13 +120,17 @@ def group_size_of(ratio: float) -> int:
     return size
 
 
+def nearest_multiple(number: int, factor: int) -> int:
+    return max(factor, round(number / factor) * factor)
+
+
 def check_grid(encoder: common.ViT, group_size: int) -> None:
-    """UserError unless the images of a group can share the patches, two or more for each."""
-    (h, w), p = encoder.grid, encoder.patch_size
+    """UserError unless the images of a group can share the patches, two or more for each: of one
+    there is nothing to recognise."""
+    (h, w), sides = encoder.grid, range(1, 2 * (encoder.grid[0] + group_size))
     if h * w % group_size or h * w < 2 * group_size:
-        sides = range(1, 2 * (h + group_size))
         possible = (n for n in sides if n * n % group_size == 0 and n * n >= 2 * group_size)
-        nearest = min(possible, key=lambda n: abs(n - h)) * p
+        nearest = min(possible, key=lambda n: abs(n - h)) * encoder.patch_size
         raise common.UserError(
             f"{h}x{w} = {h * w} patches cannot be shared by {group_size} images: that takes a "
             f"multiple of {group_size}, and two for each; the nearest is --img-size {nearest}"
@@ -146,11 +154,6 @@ def mix(tokens: Tensor, source: Tensor) -> Tensor:
     """tokens (groups*G, L, D), source (groups, L) -> (groups, L, D): patch l of image source(l) of
     the group, group by group. Patches stay where they were."""
     groups, num_patches = source.shape
-    if len(tokens) % groups:
-        raise common.UserError(
-            f"{len(tokens)} images do not fill {groups} groups; "
-            f"{nearest_multiple(len(tokens), groups)} images would"
-        )
     grouped = tokens.unflatten(0, (groups, -1))
     group = torch.arange(groups, device=source.device)[:, None]
     return grouped[group, source, torch.arange(num_patches, device=source.device)]
@@ -288,12 +291,12 @@ class MixedAE(nn.Module):
 
 @torch.no_grad()
 def reconstruct(model: MixedAE, imgs: Tensor) -> dict[str, Tensor]:
-    """Rows of the reconstruction picture, label -> (N, 3, H, W) normalised images; consecutive
-    images make a group."""
+    """Rows of the reconstruction picture, label -> (N, 3, H, W) normalised images: of imgs as many
+    as fill groups, consecutive ones."""
     vit, size = model.encoder, model.group_size
+    imgs = imgs[: len(imgs) // size * size]
     pred, source, _, _ = model.predict(imgs)
-    hidden = ~own_patches(source, size)
-    rows = common.reconstruction_rows(imgs, pred, hidden, vit.patch_size)
+    rows = common.reconstruction_rows(imgs, pred, ~own_patches(source, size), vit.patch_size)
     mixed = mix(common.patchify(imgs, vit.patch_size), source).repeat_interleave(size, dim=0)
     return {
         "input": rows.pop("input"),
@@ -317,39 +320,34 @@ def build(cfg: Config) -> MixedAE:
 def main(cfg: Config) -> None:
     run = common.Run(cfg)
     model = build(cfg).to(run.device)
-    size = model.group_size
-    parts = run.world * cfg.accumulate * size
-    if cfg.batch_size % parts:
+    parts, size = run.world * cfg.accumulate, model.group_size
+    if cfg.batch_size % (parts * size):
         raise common.UserError(
             f"--batch-size {cfg.batch_size} is not divisible by {run.world} processes x "
             f"--accumulate {cfg.accumulate} x groups of {size}; the nearest is "
-            f"{nearest_multiple(cfg.batch_size, parts)}"
+            f"{nearest_multiple(cfg.batch_size, parts * size)}"
         )
     if cfg.init_from:
         common.init_from(cfg.init_from, model)
     optimizer = common.adamw(model, cfg.weight_decay)
 
     train, val = common.pretraining_images(cfg, run.device)
-    loader = common.TrainLoader(train, cfg, run, cfg.img_size)
+    loader = common.TrainLoader(train, cfg, run, common.RandomCrop(cfg.img_size, cfg.min_crop))
     shown = val if val and len(val) >= size else train
-    limit = max(1, 8 // size) * size
-    pictures = common.eval_batches(shown, cfg.img_size, run.device, limit=limit, share=False)
-    examples, _ = next(pictures)
-    examples = examples[: len(examples) // size * size]
-    picture = functools.partial(reconstruct, model, examples)
+    examples = common.example_images(shown, cfg.img_size, run.device, count=max(8, size))
     run.start(loader, val, model=model, optimizer=optimizer)
     ddp = run.wrap(model)
     for _ in run.epochs():
         for micro_batches in run.steps():
             run.set_lr(optimizer)
             for imgs, _ in micro_batches:
-                with run.forward(ddp):
+                with run.autocast():
                     loss, stats = ddp(imgs)
                 run.backward(loss)
                 run.log(loss=loss, **stats)
             run.update(optimizer)
-        run.end_epoch(model.encoder, picture)
-    run.finish()
+        run.end_epoch(model.encoder, picture=lambda: reconstruct(model, examples))
+    common.finish(run)
 
 
 if __name__ == "__main__":

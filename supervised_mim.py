@@ -43,23 +43,38 @@ validation images; knn and retrieval_1nn, monitors on 1000 of them. The tokenize
 recon and commitment its terms; psnr in dB, perplexity and codes_used (share of the codebook), on
 1000 validation images, or of training if there are no others.
 
-Provenance   paper: the task beside the class task, image tokens, masked image, shallow decoder
-      that is dropped, ViT-B/14.
-    Inferred: codebook 1024 x 256 and 16 x 16 tokens (the VQ of MaskGIT and MAGE, by two of the
-      authors; /14 gives just as many patches).
-    Recipe, for want of the paper's own: big_vision, AugReg (Steiner et al. 2021). Its weight decay
-      1e-4 is not multiplied by the learning rate 1e-3, torch's is: 0.1.
-    VQ-VAE: straight-through gradient, commitment 0.25, codebook by moving averages.
-    MAE's paper and code: encoder (fixed positions, initialisation), masking, form of the decoder,
-      pixel targets.
-    Our choice: two passes instead of labels on masked images; mask ratio 0.5; hidden patches
-      dropped before the encoder; 2 blocks as wide as the encoder; weight 1; label smoothing 0.1 of
-      the tokens, as in MaskGIT; what the masked pass sees is x, neither RandAugmented nor mixed, as
-      RandAugment moves pixels, too, and their tokens would belong to other patches; architecture
-      and training of the tokenizer; head on cls, zero at first; presets "demo" and "cifar".
-Known deviations   The tokenizer is our own small one, without adversarial or perceptual loss.
-    RandAugment is torchvision's, milder than TensorFlow's: its magnitudes end at 30, theirs at 10.
-    With --accumulate the codebook moves with every micro-batch, not once a step.
+Provenance
+    component                                           source
+    the task beside the class task, image tokens,       paper
+      masked image, shallow decoder that is dropped,
+      ViT-B/14
+    codebook 1024 x 256, 16 x 16 tokens                 inferred: the VQ of MaskGIT and MAGE, by two
+                                                        of the authors; /14 gives as many patches
+    recipe of "imagenet"                                big_vision, AugReg (Steiner et al. 2021),
+                                                        for want of the paper's own
+    straight-through gradient, commitment 0.25,         VQ-VAE
+      codebook by moving averages
+    encoder, masking, form of the decoder, pixels       MAE's paper and code
+    two passes, instead of labels on masked images      our choice
+    mask ratio 0.5; hidden patches dropped before the   our choice
+      encoder; 2 blocks as wide as it; weight 1
+    label smoothing 0.1 of the tokens                   our choice, as in MaskGIT
+    the masked pass sees x, not x'                      our choice: RandAugment moves pixels, so its
+                                                        tokens would belong to other patches
+    the tokenizer's architecture and training           our choice
+    head on cls, zero at first                          our choice
+    presets "demo" and "cifar"                          our choice
+
+Known deviations
+    what                                                consequence
+    the tokenizer is a small one, without adversarial   weaker targets than MaskGIT's
+      or perceptual loss
+    RandAugment is torchvision's                        milder than TensorFlow's: its magnitudes end
+                                                        at 30, theirs at 10
+    weight decay 0.1 in "imagenet"                      none: big_vision's 1e-4 is not multiplied by
+                                                        the learning rate 1e-3, torch's is
+    with --accumulate the codebook moves with every     a recipe for the tokenizer depends on it
+      micro-batch, not once a step
 """
 
 import dataclasses
@@ -130,6 +145,67 @@ PRESETS = {
         codebook_size=1024, codebook_dim=256, knn_every=5, workers=10,
     ),
 }  # fmt: skip
+
+# ------------------------------------------------------------------------------ the model
+
+
+def mim_token_loss(logits: Tensor, ids: Tensor, mask: Tensor, smoothing: float = 0.1) -> Tensor:
+    """logits (B, L, K), ids (B, L) in 0..K-1, mask (B, L), True = hidden -> cross-entropy, mean
+    over the hidden patches, in fp32; the target is 1 - smoothing, and smoothing shared by all."""
+    target = ids.masked_fill(~mask, -100)  # ignored
+    return F.cross_entropy(
+        logits.float().flatten(0, 1), target.flatten(), ignore_index=-100, label_smoothing=smoothing
+    )
+
+
+class SupervisedMIM(nn.Module):
+    """A classifier, `encoder` and `head` on its cls token, and beside it a `decoder` that predicts
+    the hidden patches of masked images, as `target` says: "tokens" (it has an output for each code)
+    or "pixels". Without decoder this is the supervised baseline."""
+
+    def __init__(self, encoder: common.ViT, head: nn.Linear, decoder: common.Decoder | None = None,
+                 mask_ratio: float = 0.5, mim_weight: float = 1.0, target: str = "tokens",
+                 smoothing: float = 0.1):
+        super().__init__()
+        self.encoder, self.head, self.decoder = encoder, head, decoder
+        self.mask_ratio, self.mim_weight = mask_ratio, mim_weight
+        self.target, self.smoothing = target, smoothing
+
+    def classify(self, imgs: Tensor) -> Tensor:
+        """imgs (B, C, H, W) -> logits (B, classes)."""
+        return self.head(self.encoder(imgs)[:, 0])
+
+    def predict(self, imgs: Tensor) -> tuple[Tensor, Tensor]:
+        """imgs (B, C, H, W) -> outputs of the decoder (B, L, K) and mask (B, L), True = hidden."""
+        visible, mask = common.random_masking(
+            len(imgs), self.encoder.num_patches, self.mask_ratio, imgs.device
+        )
+        return self.decoder(self.encoder(imgs, visible), visible), mask
+
+    def forward(self, imgs: Tensor, labels: Tensor, token_ids: Tensor | None = None,
+                clean: Tensor | None = None):
+        """imgs (B, C, H, W), labels (B,) or, of mixed images, (B, classes); token_ids (B, L) of
+        `clean`, the images of the masked pass, by default imgs. -> loss, and stats without
+        gradient: class_loss, top1; token_loss, token_acc, or pixel_loss."""
+        logits = self.classify(imgs)
+        loss = F.cross_entropy(logits.float(), labels)
+        classes = labels if labels.ndim == 1 else labels.argmax(dim=1)
+        hits = (logits.argmax(dim=1) == classes).float()
+        stats = dict(class_loss=loss, top1=100 * hits.mean())
+        if self.decoder is not None:
+            clean = imgs if clean is None else clean
+            pred, mask = self.predict(clean)
+            if self.target == "tokens":
+                mim = mim_token_loss(pred, token_ids, mask, self.smoothing)
+                hits = (pred.argmax(dim=2) == token_ids) & mask
+                stats |= dict(token_loss=mim, token_acc=hits.sum() / mask.sum())
+            else:
+                patches = common.patchify(clean, self.encoder.patch_size)
+                mim = common.masked_mse(pred, patches, mask)
+                stats |= dict(pixel_loss=mim)
+            loss = loss + self.mim_weight * mim
+        return loss, {name: x.detach() for name, x in stats.items()}
+
 
 # ------------------------------------------------------------------------------ the tokenizer
 
@@ -261,6 +337,9 @@ def perplexity(ids: Tensor, codebook_size: int) -> tuple[float, float]:
     return torch.special.entr(p).sum().exp().item(), (p > 0).double().mean().item()
 
 
+# ------------------------------------------------------------------------------ training it
+
+
 @torch.no_grad()
 def measure_tokenizer(run: common.Run, tokenizer: VQTokenizer, images: common.Images) -> dict:
     """psnr, perplexity and codes_used on 1000 images; each process does its share."""
@@ -286,45 +365,45 @@ def build_tokenizer(cfg: Config) -> VQTokenizer:
 
 
 def tokenizer_file(cfg: Config) -> Path:
-    return Path(cfg.out) / "tokenizer" / "tokenizer.pt"
+    return Path(cfg.tokenizer or Path(cfg.out) / "tokenizer" / "tokenizer.pt")
+
+
+def get_tokenizer(cfg: Config, train: common.Images, val: common.Images | None) -> VQTokenizer:
+    """The finished tokenizer of --tokenizer or of the run's folder, or else a new one, trained in
+    that folder. UserError if the finished one does not fit."""
+    file = tokenizer_file(cfg)
+    if not file.exists():
+        return train_tokenizer(cfg, train, val)
+    tokenizer, wanted = load_tokenizer(file), build_tokenizer(cfg).settings
+    if cfg.tokenizer:
+        check_grid(tokenizer, cfg)
+        return tokenizer
+    differ = [f"{k} {x}, not {wanted[k]}" for k, x in tokenizer.settings.items() if x != wanted[k]]
+    if differ:
+        raise common.UserError(
+            f"{file} was trained otherwise: {', '.join(differ)}; use another --out, or "
+            "--train-tokenizer --restart"
+        )
+    return tokenizer
 
 
 def train_tokenizer(cfg: Config, train: common.Images, val: common.Images | None) -> VQTokenizer:
-    """Train the tokenizer of cfg in its folder, or go on, or take the one that is finished."""
-    file = tokenizer_file(cfg)
-    if file.exists() and not cfg.train_tokenizer:
-        tokenizer, wanted = load_tokenizer(file), build_tokenizer(cfg).settings
-        differ = [f"{k} {x}, not {wanted[k]}" for k, x in tokenizer.settings.items()
-                  if x != wanted[k]]  # fmt: skip
-        if differ:
-            raise common.UserError(
-                f"{file} was trained otherwise: {', '.join(differ)}; use another --out, or "
-                "--train-tokenizer --restart"
-            )
-        return tokenizer
-    parts = cfg.accumulate * (dist.get_world_size() if dist.is_initialized() else 1)
-    same = ("data", "data_dir", "img_size", "patch_size", "min_crop", "accumulate", "workers",
-            "device", "precision", "seed", "restart", "tokenizer_width", "codebook_size",
-            "codebook_dim")  # fmt: skip
-    cfg = Config(
-        **{name: getattr(cfg, name) for name in same}, out=str(file.parent),
-        steps=cfg.steps if cfg.train_tokenizer else None, epochs=cfg.tokenizer_epochs,
-        batch_size=min(cfg.batch_size, parts * max(1, 256 // parts)), lr=cfg.tokenizer_lr,
-        clip_grad=1.0, weight_decay=1e-4, recon_every=5, knn_every=0,
+    """Train the tokenizer of cfg in its folder, or go on with it."""
+    file, parts = tokenizer_file(cfg), cfg.accumulate
+    parts *= dist.get_world_size() if dist.is_initialized() else 1
+    cfg = dataclasses.replace(
+        cfg, out=str(file.parent), steps=cfg.steps if cfg.train_tokenizer else None,
+        epochs=cfg.tokenizer_epochs, batch_size=min(cfg.batch_size, parts * max(1, 256 // parts)),
+        lr=cfg.tokenizer_lr, warmup_epochs=1.0, clip_grad=1.0, weight_decay=1e-4,
+        knn_every=0, recon_every=5, train_tokenizer=False, init_from=None,
     )  # fmt: skip
     run = common.Run(cfg)
+    if train.pixels is not None:  # RandAugment wants them in main memory, the tokenizer does not
+        train = common.Images(train.labels, train.classes, train.pixels.to(run.device))
     tokenizer = build_tokenizer(cfg).to(run.device)
     optimizer = common.adamw(tokenizer, cfg.weight_decay)
-    loader = common.TrainLoader(train, cfg, run, cfg.img_size)
-    examples, _ = next(
-        common.eval_batches(val or train, cfg.img_size, run.device, limit=8, share=False)
-    )
-
-    def picture() -> dict[str, Tensor]:
-        with torch.no_grad():
-            return {"input": tokenizer.resized(examples),
-                    "decoded tokens": tokenizer.decode(tokenizer.encode(examples))}  # fmt: skip
-
+    loader = common.TrainLoader(train, cfg, run, common.RandomCrop(cfg.img_size, cfg.min_crop))
+    examples = common.example_images(val or train, cfg.img_size, run.device)
     run.print(f"tokenizer, {cfg.epochs} epochs (--tokenizer FILE takes a finished one):")
     run.start(loader, model=tokenizer, optimizer=optimizer)
     ddp = run.wrap(tokenizer, compile=False)  # its codebook changes at every step
@@ -332,17 +411,27 @@ def train_tokenizer(cfg: Config, train: common.Images, val: common.Images | None
         for micro_batches in run.steps():
             run.set_lr(optimizer)
             for imgs, _ in micro_batches:
-                with run.forward(ddp):
+                with run.autocast():
                     _, _, losses = ddp(imgs)
                 run.backward(losses["loss"])
                 run.log(**losses)
             run.update(optimizer)
-        run.end_epoch(picture=picture, **measure_tokenizer(run, tokenizer, val or train))
+        run.end_epoch(
+            picture=lambda: decoded(tokenizer, examples),
+            **measure_tokenizer(run, tokenizer, val or train),
+        )
     content = {"model": tokenizer.state_dict(), "tokenizer": tokenizer.settings}
     if run.rank == 0 and run.step == run.total:
         common.write_atomically(file, lambda f: torch.save(content, f))
         run.print(f"the tokenizer is in {file}")
     return tokenizer
+
+
+@torch.no_grad()
+def decoded(tokenizer: VQTokenizer, imgs: Tensor) -> dict[str, Tensor]:
+    """Rows of a picture, label -> (N, 3, H, W) normalised images."""
+    tokens = tokenizer.encode(imgs)
+    return {"input": tokenizer.resized(imgs), "decoded tokens": tokenizer.decode(tokens)}
 
 
 def load_tokenizer(path) -> VQTokenizer:
@@ -369,98 +458,20 @@ def check_grid(tokenizer: VQTokenizer, cfg: Config) -> None:
         )
 
 
-# ------------------------------------------------------------------------------ the model
-
-
-def mim_token_loss(logits: Tensor, ids: Tensor, mask: Tensor, smoothing: float = 0.1) -> Tensor:
-    """logits (B, L, K), ids (B, L) in 0..K-1, mask (B, L), True = hidden -> cross-entropy, mean
-    over the hidden patches, in fp32; the target is 1 - smoothing, and smoothing shared by all."""
-    target = ids.masked_fill(~mask, -100)  # ignored
-    return F.cross_entropy(
-        logits.float().flatten(0, 1), target.flatten(), ignore_index=-100, label_smoothing=smoothing
-    )
-
-
-class SupervisedMIM(nn.Module):
-    """A classifier, `encoder` and `head` on its cls token, and beside it a `decoder` that predicts
-    the hidden patches of masked images, as `target` says: "tokens" (it has an output for each code)
-    or "pixels". Without decoder this is the supervised baseline."""
-
-    def __init__(self, encoder: common.ViT, head: nn.Linear, decoder: common.Decoder | None = None,
-                 mask_ratio: float = 0.5, mim_weight: float = 1.0, target: str = "tokens",
-                 smoothing: float = 0.1):
-        super().__init__()
-        self.encoder, self.head, self.decoder = encoder, head, decoder
-        self.mask_ratio, self.mim_weight = mask_ratio, mim_weight
-        self.target, self.smoothing = target, smoothing
-
-    def classify(self, imgs: Tensor) -> Tensor:
-        """imgs (B, C, H, W) -> logits (B, classes)."""
-        return self.head(self.encoder(imgs)[:, 0])
-
-    def predict(self, imgs: Tensor) -> tuple[Tensor, Tensor]:
-        """imgs (B, C, H, W) -> outputs of the decoder (B, L, K) and mask (B, L), True = hidden."""
-        visible, mask = common.random_masking(
-            len(imgs), self.encoder.num_patches, self.mask_ratio, imgs.device
-        )
-        return self.decoder(self.encoder(imgs, visible), visible), mask
-
-    def forward(self, imgs: Tensor, labels: Tensor, token_ids: Tensor | None = None,
-                clean: Tensor | None = None):
-        """imgs (B, C, H, W), labels (B,) or, of mixed images, (B, classes); token_ids (B, L) of
-        `clean`, the images of the masked pass, by default imgs. -> loss, and stats without
-        gradient: class_loss, top1; token_loss, token_acc, or pixel_loss."""
-        logits = self.classify(imgs)
-        loss = F.cross_entropy(logits.float(), labels)
-        classes = labels if labels.ndim == 1 else labels.argmax(dim=1)
-        hits = (logits.argmax(dim=1) == classes).float()
-        stats = dict(class_loss=loss, top1=100 * hits.mean())
-        if self.decoder is not None:
-            clean = imgs if clean is None else clean
-            pred, mask = self.predict(clean)
-            if self.target == "tokens":
-                mim = mim_token_loss(pred, token_ids, mask, self.smoothing)
-                hits = (pred.argmax(dim=2) == token_ids) & mask
-                stats |= dict(token_loss=mim, token_acc=hits.sum() / mask.sum())
-            else:
-                patches = common.patchify(clean, self.encoder.patch_size)
-                mim = common.masked_mse(pred, patches, mask)
-                stats |= dict(pixel_loss=mim)
-            loss = loss + self.mim_weight * mim
-        return loss, {name: x.detach() for name, x in stats.items()}
-
-
 # ------------------------------------------------------------------------------ training
 
 
 class Augment:
-    """PIL image -> two: its random crop, flipped or not, after RandAugment; and before."""
+    """Two views of an image: its random crop after RandAugment, and before."""
 
-    def __init__(self, size: int, min_crop: float, magnitude: int):
-        self.crop = v2.Compose([
-            v2.RandomResizedCrop(size, (min_crop, 1.0), interpolation=common.BICUBIC),
-            v2.RandomHorizontalFlip(),
-        ])  # fmt: skip
-        self.change = v2.RandAugment(
-            2, magnitude, interpolation=common.BICUBIC, fill=[round(255 * x) for x in common.MEAN]
-        )
+    def __init__(self, crop: common.RandomCrop, magnitude: int):
+        self.crop, fill = crop, [round(255 * x) for x in common.MEAN]
+        bilinear = v2.InterpolationMode.BILINEAR
+        self.change = v2.RandAugment(2, magnitude, interpolation=bilinear, fill=fill)
 
-    def __call__(self, image):
-        clean = self.crop(image)
-        return self.change(clean), clean
-
-
-class Best:
-    """The best validation top-1 of a run so far."""
-
-    def __init__(self):
-        self.top1, self.step = -1.0, 0
-
-    def state_dict(self) -> dict:
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict) -> None:
-        self.top1, self.step = state["top1"], state["step"]
+    def __call__(self, imgs: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        (clean,) = self.crop(imgs, index)
+        return torch.stack([self.change(img) for img in clean]), clean
 
 
 @torch.no_grad()
@@ -487,15 +498,34 @@ def save_classifier(path: Path, model: SupervisedMIM, classes: list[str], cfg: C
     common.write_atomically(path, lambda file: torch.save(content, file))
 
 
-def build(cfg: Config, num_classes: int, codebook_size: int | None = None) -> SupervisedMIM:
-    """`codebook_size`: the tokenizer's, if it is not that of cfg."""
+def validate(run: common.Run, model: SupervisedMIM, val: common.Images, classes: list[str]) -> dict:
+    """At an epoch's end: validation top-1, if it is due. Saves the classifier, and once more if it
+    is the best so far."""
+    results, names = {}, ["classifier.pt"]
+    if run.due(run.cfg.knn_every):
+        scores = common.outputs(run, model, model.classify, val, run.cfg.img_size)
+        results["val_top1"] = common.accuracy(*scores)["top1"]
+        if results["val_top1"] > best_of(run)["val_top1"]:
+            names.append("classifier.best.pt")
+    for name in names if run.rank == 0 else ():
+        save_classifier(run.folder / name, model, classes, run.cfg)
+    return results
+
+
+def best_of(run: common.Run) -> dict:
+    """The epoch of best validation top-1 so far, as it was logged."""
+    validated = [epoch for epoch in run.history if "val_top1" in epoch]
+    return max(validated, key=lambda epoch: epoch["val_top1"], default={"val_top1": -1.0})
+
+
+def build(cfg: Config, num_classes: int) -> SupervisedMIM:
     encoder, decoder = cfg.vit(), None
     head = nn.Linear(encoder.embed_dim, num_classes)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     if cfg.mim_weight:  # last, so that encoder and head start as the baseline's do
         heads = encoder.settings["num_heads"]
-        outputs = (codebook_size or cfg.codebook_size) if cfg.target == "tokens" else None
+        outputs = cfg.codebook_size if cfg.target == "tokens" else None
         decoder = common.Decoder(encoder, encoder.embed_dim, cfg.decoder_depth, heads, outputs)
     return SupervisedMIM(
         encoder, head, decoder, mask_ratio=cfg.mask_ratio, mim_weight=cfg.mim_weight,
@@ -505,13 +535,13 @@ def build(cfg: Config, num_classes: int, codebook_size: int | None = None) -> Su
 
 @common.entry_point
 def main(cfg: Config) -> None:
-    device = common.set_up_process(cfg.device)
-    needs_tokens = cfg.train_tokenizer or (cfg.mim_weight > 0 and cfg.target == "tokens")
-    tokenizer = None
-    if needs_tokens and cfg.tokenizer:  # before the data, which may take long
-        tokenizer = load_tokenizer(cfg.tokenizer)
-        check_grid(tokenizer, cfg)
-    place = "cpu" if cfg.randaug else device  # RandAugment works in the loader's processes
+    needs_tokens = cfg.mim_weight > 0 and cfg.target == "tokens"
+    if needs_tokens and cfg.tokenizer:  # first, as data may take long
+        given = load_tokenizer(cfg.tokenizer)
+        check_grid(given, cfg)
+        cfg = dataclasses.replace(cfg, codebook_size=len(given.codebook))
+    run = common.Run(cfg)
+    place = "cpu" if cfg.randaug else run.device  # RandAugment works in the loader's processes
     train, val = (
         common.load_images(cfg.data, split, cfg.img_size, cfg.data_dir, place)
         for split in ("train", "val")
@@ -524,28 +554,26 @@ def main(cfg: Config) -> None:
             f"--data {cfg.data} has no labels, which this method needs: class folders in train/ "
             "and val/"
         )
-
-    run, best, classes = common.Run(cfg), Best(), len(train.classes)
-    model = build(cfg, classes, tokenizer and len(tokenizer.codebook)).to(device)
+    model = build(cfg, len(train.classes)).to(run.device)
     if cfg.init_from:
         common.init_from(cfg.init_from, model)
     optimizer = common.adamw(model, cfg.weight_decay, betas=(0.9, 0.999))
-    parts = dict(model=model, optimizer=optimizer, best=best)
-    augment = Augment(cfg.img_size, cfg.min_crop, cfg.randaug) if cfg.randaug else None
-    loader = common.TrainLoader(train, cfg, run, cfg.img_size, augment)
+
+    crop = common.RandomCrop(cfg.img_size, cfg.min_crop)
+    augment = Augment(crop, cfg.randaug) if cfg.randaug else crop
+    loader = common.TrainLoader(train, cfg, run, augment, single=cfg.randaug > 0)
     if cfg.mixup and loader.micro_batch < 2:
         raise common.UserError("mixup takes 2 images in a micro-batch: a larger --batch-size")
-    if needs_tokens:
-        # Last, as it may take long: whatever is wrong with the flags has come out by now.
-        tokenizer = tokenizer or train_tokenizer(cfg, train, val)
-        parts["tokenizer"] = tokenizer.to(device).eval().requires_grad_(False)
-        run.print(f"tokens of {cfg.tokenizer or tokenizer_file(cfg)}, "
-                  f"{len(tokenizer.codebook)} codes, {tokenizer.grid} tokens an image")  # fmt: skip
-    mixup = v2.MixUp(alpha=cfg.mixup, num_classes=classes) if cfg.mixup else lambda *batch: batch
-    pictures = common.eval_batches(val, cfg.img_size, run.device, limit=8, share=False)
-    examples, _ = next(pictures)
+    mixup = v2.MixUp(alpha=cfg.mixup, num_classes=len(train.classes)) if cfg.mixup else None
+    state, tokenizer = dict(model=model, optimizer=optimizer), None
+    if needs_tokens:  # last, as it may take long: mistakes in flags have come out by now
+        tokenizer = get_tokenizer(cfg, train, val).to(run.device).eval().requires_grad_(False)
+        state |= dict(tokenizer=tokenizer)
+        run.print(f"tokens of {tokenizer_file(cfg)}, {len(tokenizer.codebook)} codes, "
+                  f"{tokenizer.grid} tokens an image")  # fmt: skip
+    examples = common.example_images(val, cfg.img_size, run.device)
     picture = model.decoder and functools.partial(reconstruct, model, tokenizer, examples)
-    run.start(loader, val, **parts)
+    run.start(loader, val, **state)
     ddp = run.wrap(model)
     for _ in run.epochs():
         for micro_batches in run.steps():
@@ -554,26 +582,16 @@ def main(cfg: Config) -> None:
                 clean = clean[0] if clean else imgs
                 # Before mixup: of the very pixels that the masked pass is shown. In fp32.
                 token_ids = tokenizer.encode(clean) if tokenizer else None
-                with run.forward(ddp):
-                    imgs, targets = mixup(imgs, labels)
+                with run.autocast():
+                    imgs, targets = mixup(imgs, labels) if mixup else (imgs, labels)
                     loss, stats = ddp(imgs, targets, token_ids, clean)
                 run.backward(loss)
                 run.log(loss=loss, **stats)
             run.update(optimizer)
-        results = {}
-        if run.due(cfg.knn_every):
-            top1 = common.validate(run, model, model.classify, val, cfg.img_size)["top1"]
-            results = dict(val_top1=top1)
-            if top1 > best.top1:
-                best.top1, best.step = top1, run.step
-                if run.rank == 0:
-                    save_classifier(run.folder / "classifier.best.pt", model, train.classes, cfg)
-        if run.rank == 0:
-            save_classifier(run.folder / "classifier.pt", model, train.classes, cfg)
-        run.end_epoch(model.encoder, picture, **results)
-    run.finish()
-    if best.step:
-        run.print(f"best validation top-1 {best.top1:.1f}, at step {best.step}")
+        run.end_epoch(model.encoder, picture, **validate(run, model, val, train.classes))
+    common.finish(run)
+    if "step" in (best := best_of(run)):
+        run.print(f"best validation top-1 {best['val_top1']:.1f}, at step {best['step']}")
 
 
 if __name__ == "__main__":
