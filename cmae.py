@@ -82,6 +82,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
+from torchvision.utils import draw_bounding_boxes
 
 import common
 
@@ -138,113 +139,6 @@ PRESETS = {
         epochs=300, batch_size=256, base_lr=1e-3, warmup_epochs=40,
     ),
 }  # fmt: skip
-
-# ------------------------------------------------------------------------------ ContrastiveCrop
-
-
-def attention_maps(encoder: common.ViT, imgs: Tensor) -> Tensor:
-    """imgs (B, C, H, W) -> (B, h, w): the last block's attention of cls to each patch, mean over
-    heads."""
-    x = encoder.embed(imgs)
-    for block in encoder.blocks[:-1]:
-        x = block(x)
-    last = encoder.blocks[-1]
-    q, k, _ = last.attn.heads(last.norm1(x))
-    logits = (q[:, :, :1] @ k.transpose(2, 3)).float() / math.sqrt(q.shape[3])
-    return logits.softmax(dim=3)[:, :, 0, 1:].mean(dim=1).unflatten(1, encoder.grid)
-
-
-def stretched(heatmaps: Tensor, size: tuple[int, int]) -> Tensor:
-    """heatmaps (B, h, w) -> (B, H, W): each scaled to 0..1, a constant one to 1, then enlarged."""
-    low, high = heatmaps.amin(dim=(1, 2), keepdim=True), heatmaps.amax(dim=(1, 2), keepdim=True)
-    heat = torch.where(high > low, (heatmaps - low) / (high - low), 1.0)
-    return F.interpolate(heat[:, None], size, mode="bilinear")[:, 0]
-
-
-def boxes_from_heatmaps(heatmaps: Tensor, size: tuple[int, int], threshold=0.1) -> Tensor:
-    """heatmaps (B, h, w) -> boxes (B, 4) as shares of the image's height and width: h_min, w_min,
-    h_max, w_max, the first and last row and column that exceed the threshold, once the map is
-    scaled to 0..1 and enlarged to `size` (H, W). The whole image if the map is constant."""
-    hot = stretched(heatmaps, size) > threshold
-    sides = []
-    for line, length in ((hot.any(dim=2), size[0]), (hot.any(dim=1), size[1])):
-        last = length - 1 - line.flip(1).int().argmax(dim=1)
-        sides.append((line.int().argmax(dim=1) / length, last / length))
-    (top, bottom), (left, right) = sides
-    return torch.stack([top, left, bottom, right], dim=1)
-
-
-def sample_contrastive_crop(height: int, width: int, box: Tensor, scale=(0.2, 1.0),
-                            ratio=(3 / 4, 4 / 3), alpha: float = 0.6) -> Tensor:
-    """Crops top, left, h, w in pixels, of the shape of `box` (4,) or (B, 4), shares of the image.
-    Sizes as in RandomResizedCrop; the middle lies in the box, at Beta(alpha, alpha) of its height
-    and, independently, of its width, as far as the crop then stays within the image."""
-    boxes = box.reshape(-1, 4)
-    h, w, fits = common.crop_sizes(len(boxes), height, width, scale, ratio)
-    corners = []
-    for axis, (side, length) in enumerate(((height, h), (width, w))):
-        room = side - length
-        limits = (side * boxes[:, axis::2]).long() - (length // 2)[:, None]
-        low, high = limits.clamp(min=0).minimum(room[:, None]).T
-        share = torch.distributions.Beta(alpha, alpha).sample((len(boxes),))
-        corners.append(torch.where(fits, low + ((high - low) * share).long(), room // 2))
-    return torch.stack([*corners, h, w], dim=1).view(box.shape)
-
-
-class ContrastiveCrop:
-    """Makes `views` crops of each image of a training set, flipped or not, by the image's box;
-    random resized crops before the first `update`. The boxes (N, 4) are in shared memory, where
-    workers of a loader see the update."""
-
-    def __init__(self, count: int, size: int, min_crop: float, alpha: float, views: int):
-        self.size, self.scale, self.alpha, self.views = size, (min_crop, 1.0), alpha, views
-        self.boxes = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(count, 1).share_memory_()
-        self.known = torch.zeros((), dtype=torch.bool).share_memory_()
-
-    def __call__(self, imgs: Tensor, index: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.crop(imgs, index) for _ in range(self.views))
-
-    def crop(self, imgs: Tensor, index: Tensor) -> Tensor:
-        """imgs (b, 3, H, W), those of numbers index (b,) -> (b, 3, size, size)."""
-        height, width = imgs.shape[2:]
-        if self.known:
-            boxes = self.boxes[index]
-            crops = sample_contrastive_crop(height, width, boxes, self.scale, alpha=self.alpha)
-        else:
-            crops = common.sample_crops(len(index), height, width, self.scale)
-        return common.crop_resize(imgs, crops, self.size, flip=torch.rand(len(index)) < 0.5)
-
-    def update(self, run: common.Run, encoder: common.ViT, images: common.Images) -> None:
-        """New boxes from the encoder's attention to whole images, and a picture of some."""
-        size, whole = (self.size, self.size), functools.partial(whole_image, size=self.size)
-
-        def find(imgs: Tensor) -> Tensor:
-            return boxes_from_heatmaps(attention_maps(encoder, imgs), size)
-
-        boxes, _ = common.outputs(run, encoder, find, images, self.size, view=whole)
-        self.boxes.copy_(boxes)
-        self.known.fill_(True)
-        if run.rank == 0:
-            imgs = common.example_images(images, self.size, run.device, view=whole)
-            boxes = self.boxes[common.evenly_spaced(len(images), len(imgs))]
-            rows = draw_boxes(encoder, imgs, boxes)
-            common.save_grid(run.folder / f"boxes_{run.epoch:04d}.png", rows)
-
-    def mean_area(self) -> float:
-        return (self.boxes[:, 2:] - self.boxes[:, :2]).prod(dim=1).mean().item()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"boxes": self.boxes, "known": self.known}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.boxes.copy_(state["boxes"])
-        self.known.copy_(state["known"])
-
-
-def whole_image(imgs: Tensor, index: Tensor, size: int) -> tuple[Tensor, ...]:
-    """A view without crop: height and width to `size`."""
-    return (v2.functional.resize(imgs, [size, size], interpolation=common.BICUBIC),)
-
 
 # ------------------------------------------------------------------------------ losses
 
@@ -393,6 +287,127 @@ def momentum_at(step: int, total: int, start: float) -> float:
     return 1 - (1 - start) * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
+# ------------------------------------------------------------------------------ ContrastiveCrop
+
+
+def attention_maps(encoder: common.ViT, imgs: Tensor) -> Tensor:
+    """imgs (B, C, H, W) -> (B, h, w): the last block's attention of cls to each patch, mean over
+    heads."""
+    x = encoder.embed(imgs)
+    for block in encoder.blocks[:-1]:
+        x = block(x)
+    last = encoder.blocks[-1]
+    q, k, _ = last.attn.heads(last.norm1(x))
+    logits = (q[:, :, :1] @ k.transpose(2, 3)).float() / math.sqrt(q.shape[3])
+    return logits.softmax(dim=3)[:, :, 0, 1:].mean(dim=1).unflatten(1, encoder.grid)
+
+
+def stretched(heatmaps: Tensor, size: tuple[int, int]) -> Tensor:
+    """heatmaps (B, h, w) -> (B, H, W): each scaled to 0..1, a constant one to 1, then enlarged."""
+    low, high = heatmaps.amin(dim=(1, 2), keepdim=True), heatmaps.amax(dim=(1, 2), keepdim=True)
+    heat = torch.where(high > low, (heatmaps - low) / (high - low), 1.0)
+    return F.interpolate(heat[:, None], size, mode="bilinear")[:, 0]
+
+
+def boxes_from_heatmaps(heatmaps: Tensor, size: tuple[int, int], threshold=0.1) -> Tensor:
+    """heatmaps (B, h, w) -> boxes (B, 4) as shares of the image's height and width: h_min, w_min,
+    h_max, w_max, the first and last row and column that exceed the threshold, once the map is
+    scaled to 0..1 and enlarged to `size` (H, W). The whole image if the map is constant."""
+    hot = stretched(heatmaps, size) > threshold
+    sides = []
+    for line, length in ((hot.any(dim=2), size[0]), (hot.any(dim=1), size[1])):
+        last = length - 1 - line.flip(1).int().argmax(dim=1)
+        sides.append((line.int().argmax(dim=1) / length, last / length))
+    (top, bottom), (left, right) = sides
+    return torch.stack([top, left, bottom, right], dim=1)
+
+
+def sample_contrastive_crop(height: int, width: int, box: Tensor, scale=(0.2, 1.0),
+                            ratio=(3 / 4, 4 / 3), alpha: float = 0.6) -> Tensor:
+    """Crops top, left, h, w in pixels, of the shape of `box` (4,) or (B, 4), shares of the image.
+    Sizes as in RandomResizedCrop; the middle lies in the box, at Beta(alpha, alpha) of its height
+    and, independently, of its width, as far as the crop then stays within the image."""
+    boxes = box.reshape(-1, 4)
+    h, w, fits = common.crop_sizes(len(boxes), height, width, scale, ratio)
+    corners = []
+    for axis, (side, length) in enumerate(((height, h), (width, w))):
+        room = side - length
+        limits = (side * boxes[:, axis::2]).long() - (length // 2)[:, None]
+        low, high = limits.clamp(min=0).minimum(room[:, None]).T
+        share = torch.distributions.Beta(alpha, alpha).sample((len(boxes),))
+        corners.append(torch.where(fits, low + ((high - low) * share).long(), room // 2))
+    return torch.stack([*corners, h, w], dim=1).view(box.shape)
+
+
+class ContrastiveCrop:
+    """Makes `views` crops of each image of a training set, flipped or not, by the image's box;
+    random resized crops before the first `update`. The boxes (N, 4) are in shared memory, where
+    workers of a loader see the update."""
+
+    def __init__(self, count: int, size: int, min_crop: float, alpha: float, views: int):
+        self.size, self.scale, self.alpha, self.views = size, (min_crop, 1.0), alpha, views
+        self.boxes = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(count, 1).share_memory_()
+        self.known = torch.zeros((), dtype=torch.bool).share_memory_()
+
+    def __call__(self, imgs: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.crop(imgs, index) for _ in range(self.views))
+
+    def crop(self, imgs: Tensor, index: Tensor) -> Tensor:
+        """imgs (b, 3, H, W), those of numbers index (b,) -> (b, 3, size, size)."""
+        height, width = imgs.shape[2:]
+        if self.known:
+            boxes = self.boxes[index]
+            crops = sample_contrastive_crop(height, width, boxes, self.scale, alpha=self.alpha)
+        else:
+            crops = common.sample_crops(len(index), height, width, self.scale)
+        return common.crop_resize(imgs, crops, self.size, flip=torch.rand(len(index)) < 0.5)
+
+    def update(self, run: common.Run, encoder: common.ViT, images: common.Images) -> None:
+        """New boxes from the encoder's attention to whole images, and a picture of some."""
+        size, whole = (self.size, self.size), functools.partial(whole_image, size=self.size)
+
+        def find(imgs: Tensor) -> Tensor:
+            return boxes_from_heatmaps(attention_maps(encoder, imgs), size)
+
+        boxes, _ = common.outputs(run, encoder, find, images, self.size, view=whole)
+        self.boxes.copy_(boxes)
+        self.known.fill_(True)
+        if run.rank == 0:
+            imgs = common.example_images(images, self.size, run.device, view=whole)
+            boxes = self.boxes[common.evenly_spaced(len(images), len(imgs))]
+            rows = draw_boxes(encoder, imgs, boxes)
+            common.save_grid(run.folder / f"boxes_{run.epoch:04d}.png", rows)
+
+    def mean_area(self) -> float:
+        return (self.boxes[:, 2:] - self.boxes[:, :2]).prod(dim=1).mean().item()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"boxes": self.boxes, "known": self.known}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.boxes.copy_(state["boxes"])
+        self.known.copy_(state["known"])
+
+
+@torch.no_grad()
+def draw_boxes(encoder: common.ViT, imgs: Tensor, boxes: Tensor) -> dict[str, Tensor]:
+    """Whole images (N, 3, H, W) and their boxes (N, 4), shares of the image -> rows of a picture,
+    label -> (N, 3, H, W) normalised images: the boxes, and the attention that gave them."""
+    height, width = imgs.shape[2:]
+    corners = boxes.cpu()[:, None, [1, 0, 3, 2]] * torch.tensor([width, height, width, height])
+    pixels = (255 * common.denormalize(imgs)).to(torch.uint8)
+    pairs = zip(pixels, corners, strict=True)
+    outlined = [draw_bounding_boxes(img, box, colors="red") for img, box in pairs]
+    heat = stretched(attention_maps(encoder, imgs), (height, width))[:, None].expand_as(imgs)
+    rows = {"input and box": torch.stack(outlined), "attention of cls, 0 to 1": 255 * heat}
+    return {label: common.normalize(row) for label, row in rows.items()}
+
+
+def whole_image(imgs: Tensor, index: Tensor, size: int) -> tuple[Tensor, ...]:
+    """A view without crop: height and width to `size`."""
+    return (v2.functional.resize(imgs, [size, size], interpolation=common.BICUBIC),)
+
+
 # ------------------------------------------------------------------------------ training
 
 COLOURS = v2.Compose([
@@ -421,22 +436,6 @@ def reconstruct(model: CMAE, imgs: Tensor) -> dict[str, Tensor]:
     return common.reconstruction_rows(imgs, pred, mask, vit.patch_size)
 
 
-@torch.no_grad()
-def draw_boxes(encoder: common.ViT, imgs: Tensor, boxes: Tensor) -> dict[str, Tensor]:
-    """Whole images (N, 3, H, W) and their boxes (N, 4), shares of the image -> rows of a picture,
-    label -> (N, 3, H, W) normalised images: the boxes, and the attention that gave them."""
-    size, heatmaps, outlined = imgs.shape[2:], attention_maps(encoder, imgs), imgs.clone()
-    boxes = boxes.cpu() * torch.tensor([*size, *size])
-    for img, box in zip(outlined, boxes.round().long().tolist(), strict=True):
-        top, left, bottom, right = box
-        frame = torch.zeros(size, dtype=torch.bool, device=imgs.device)
-        frame[top : bottom + 1, left : right + 1] = True
-        frame[top + 1 : bottom, left + 1 : right] = False
-        img[:, frame] = torch.tensor([[2.2], [-2.0], [-1.8]], device=imgs.device)  # red
-    heat = stretched(heatmaps, size)[:, None].expand_as(imgs)
-    return {"input and box": outlined, "attention of cls, 0 to 1": common.normalize(255 * heat)}
-
-
 def build(cfg: Config) -> CMAE:
     encoder = cfg.vit()
     decoder = common.Decoder(encoder, cfg.decoder_dim, cfg.decoder_depth, cfg.decoder_heads)
@@ -455,7 +454,7 @@ def main(cfg: Config) -> None:
     contrast = cfg.contrastive_weight > 0
     if contrast and cfg.batch_size // cfg.accumulate < 2:
         raise common.UserError("contrast takes 2 images in a micro-batch: a larger --batch-size")
-    if cfg.init_from:
+    if cfg.init_from and not run.resumes:
         missing = common.init_from(cfg.init_from, model)
         if "momentum_encoder" in missing:
             model.momentum_encoder.load_state_dict(model.encoder.state_dict())

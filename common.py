@@ -295,8 +295,8 @@ def random_seed(*keys: int | str) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
-def seeded(*keys: int | str, device="cpu") -> torch.Generator:
-    return torch.Generator(device).manual_seed(random_seed(*keys))
+def seeded(*keys: int | str) -> torch.Generator:
+    return torch.Generator().manual_seed(random_seed(*keys))
 
 
 @dataclass
@@ -315,9 +315,10 @@ class Batches(torch.utils.data.Dataset):
     """Makes the batches of a set: for a key (epoch, number, index), the views of these images, then
     their labels.
 
-    augment(imgs (b, 3, H, W) uint8, index (b,)) -> a tuple of views (b, 3, size, size) in 0..255;
-    it may draw from torch's default generator, which is seeded for it. Images in memory go through
-    it all at once, where they are; files, and images in memory if `single`, one by one."""
+    augment(imgs (b, 3, H, W) uint8, index (b,)) -> a tuple of views (b, 3, size, size) in 0..255.
+    Images in memory go through it all at once, on their device; files, and images in memory if
+    `single`, one by one on the CPU, where crops stay uint8. Its random numbers have to come from
+    torch's default generator of the CPU, which is seeded for it."""
 
     def __init__(self, images: "Images", augment, seed: int = 0, single: bool = False):
         self.images, self.augment, self.seed = images, augment, seed
@@ -361,7 +362,7 @@ class TrainLoader:
             raise UserError(
                 f"--batch-size {cfg.batch_size} is more than the {len(images)} images of {cfg.data}"
             )
-        self.keys = []  # of the batches of an epoch, as `batches` leaves them here
+        self.keys = []  # the DataLoader's sampler is this very list, which each epoch fills anew
         self.loader = data_loader(Batches(images, augment, cfg.seed, single), self.keys, run.device,
                                   cfg.workers, persistent=True)  # fmt: skip
 
@@ -369,7 +370,7 @@ class TrainLoader:
         """This process's micro-batches from global step `step` to the end of its epoch."""
         epoch, first = divmod(step, self.steps)
         order = torch.randperm(len(self.images), generator=seeded("order", self.cfg.seed, epoch))
-        shape = self.steps, self.run.world, self.cfg.accumulate
+        shape = self.steps, self.run.world, self.cfg.accumulate  # axes of an epoch's micro-batches
         order = order[: self.steps * self.cfg.batch_size].view(*shape, self.micro_batch)
         number = torch.arange(math.prod(shape)).view(shape)
         mine = (x[first:, self.run.rank].flatten(0, 1).tolist() for x in (number, order))
@@ -436,12 +437,15 @@ class Run:
             run.end_epoch(model.encoder)                            # logs, measures, saves
         finish(run)
 
-    The random numbers of a step derive from (seed, step, micro-batch) alone, so a run that was
-    stopped and resumed repeats the uninterrupted one; on the CPU, bit for bit."""
+    No state of a generator is stored: the order of images derives from (seed, epoch), crops from
+    (seed, epoch, micro-batch or image), the model's random numbers from (seed, step, micro-batch).
+    So a run that was stopped and resumed repeats the uninterrupted one; on the CPU, bit for bit."""
 
     def __init__(self, cfg: "TrainConfig"):
         self.script = Path(inspect.getfile(type(cfg))).name
         self.cfg, self.folder = cfg, Path(cfg.out or f"runs/{Path(self.script).stem}")
+        self.found = [x for x in (self.folder / CHECKPOINT, self.folder / PREVIOUS) if x.exists()]
+        self.resumes = bool(self.found) and not cfg.restart
         self.device = set_up_process(cfg.device)
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
@@ -456,10 +460,11 @@ class Run:
         self.sums, self.history = {}, []
 
     def start(self, loader: TrainLoader, val: "Images | None" = None, **state) -> None:
-        """Take the data and everything that has a state (model=, optimizer=, ...); go on from the
-        folder's checkpoint, if there is one; print what is about to happen."""
+        """Take the data and everything that has a state (model=, optimizer=, ...). If the folder
+        has a checkpoint, `resume` compares its settings, then loads every state, the step and the
+        metrics; `epochs` and `steps` go on from that step. Print what is about to happen."""
         cfg, self.loader, self.state = self.cfg, loader, state
-        self.val = val if loader.images.classes else None
+        self.val = val if val and val.classes and loader.images.classes else None
         self.total = cfg.epochs * loader.steps
         self.last_step = min(cfg.steps or self.total, self.total)
         self.warmup = min(cfg.warmup_epochs, cfg.epochs / 5) * loader.steps
@@ -535,21 +540,20 @@ class Run:
     def backward(self, loss: Tensor, **options) -> None:
         self.scaler.scale(loss / self.cfg.accumulate).backward(**options)
 
-    def update(self, *optimizers) -> list[Tensor]:
-        """Clip, step, and clear the gradients. Returns their norm before clipping, for each
-        optimiser; 0 where fp16 overflowed and the scaler skips the step."""
-        norms = []
-        for optimizer in optimizers:
+    def update(self, *optimizers, norms: tuple[str, ...] = ("grad_norm",)) -> None:
+        """Clip, step, and clear the gradients. `norms`: a name for each optimiser, under which the
+        norm of its gradients before clipping is logged; 0 where fp16 overflowed, and the scaler
+        leaves the step out."""
+        for optimizer, name in zip(optimizers, norms, strict=True):
             self.scaler.unscale_(optimizer)
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             if self.cfg.clip_grad is not None:
                 nn.utils.clip_grads_with_norm_(parameters, self.cfg.clip_grad, norm)
-            norms.append(norm.nan_to_num(0, 0) if self.scaler.is_enabled() else norm)
+            self.log(**{name: norm.nan_to_num(0, 0) if self.scaler.is_enabled() else norm})
             self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
-        return norms
 
     def log(self, **values: Tensor) -> None:
         """Scalars of a micro-batch or step, among them `loss`; metrics.jsonl has their means over
@@ -563,16 +567,9 @@ class Run:
         totals = torch.stack([total for total, _ in self.sums.values()]).tolist()
         counts = [count for _, count in self.sums.values()]
         means = {k: x / n for k, x, n in zip(self.sums, totals, counts, strict=True)}
-        if all(map(math.isfinite, means.values())):
-            return means
-        terms = ", ".join(f"{name} {x:g}" for name, x in means.items())
-        last = self.folder / CHECKPOINT
-        last = f"last good checkpoint: {last} (--init-from it, with a new --out)" if last.exists() \
-            else "no checkpoint yet"
-        raise UserError(
-            f"not finite in step {self.step}: {terms} (lr {self.lr:.3g}, {self.precision}); "
-            f"{last}; try a lower --lr, --clip-grad 1 or --precision fp32"
-        )
+        if not all(map(math.isfinite, means.values())):
+            raise not_finite(self, means)
+        return means
 
     def due(self, every: int) -> bool:
         """At an epoch's end: is it the turn of what is done every so many epochs and at the end?"""
@@ -668,8 +665,6 @@ class Config(TrainConfig):
         check_numbers(self, 1, "img_size", "patch_size", "depth", "recon_every")
         check_numbers(self, 0, "knn_every")
         random_masking(1, math.prod(patch_grid(self.img_size, self.patch_size)), self.mask_ratio)
-        if self.init_from and not Path(self.init_from).is_file():
-            raise UserError(f"--init-from {self.init_from}: no such file")
 
     def vit(self) -> ViT:
         """A fresh encoder of these settings."""
@@ -697,16 +692,12 @@ def parse(config_class: type, presets: dict[str, dict], argv: list[str] | None =
     comments; a field without default is positional. --preset, by default the first, changes the
     defaults of the others. A mistake ends the program with one line and exit code 2."""
     script = Path(inspect.getfile(config_class)).stem
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str):
-            self.exit(2, f"{script}.py: error: {message} (see --help)\n")
-
-    parser = Parser(
+    parser = argparse.ArgumentParser(
         prog=f"{script}.py", description=sys.modules[config_class.__module__].__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
+    parser.error = lambda text: parser.exit(2, f"{script}.py: error: {text} (see --help)\n")
     if presets:
         parser.add_argument("--preset", choices=presets, help="defaults for all other flags")
     sources = map(inspect.getsource, reversed(config_class.__mro__[:-1]))
@@ -723,8 +714,8 @@ def parse(config_class: type, presets: dict[str, dict], argv: list[str] | None =
         elif field.default is not None:
             text += f" [{field.default}]"
         kind = hints[field.name]
-        if type(None) in typing.get_args(kind):  # X | None
-            kind = next(t for t in typing.get_args(kind) if t is not type(None))
+        if type(None) in typing.get_args(kind):
+            kind, _ = typing.get_args(kind)  # of X | None
         options = {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "TEXT")}
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
@@ -830,24 +821,23 @@ def pretraining_images(cfg: Config, device) -> tuple[Images, Images | None]:
 
 
 def torchvision_images(name: str, split: str, data_dir, device) -> Images:
+    sets, train = torchvision.datasets, split != "val"
+    part = {"pretrain": "train+unlabeled", "train": "train", "val": "test"}[split]
+    make = {"cifar10": functools.partial(sets.CIFAR10, train=train),
+            "cifar100": functools.partial(sets.CIFAR100, train=train),
+            "stl10": functools.partial(sets.STL10, split=part)}[name]  # fmt: skip
     rank = dist.get_rank() if dist.is_initialized() else 0
     if rank > 0:
         dist.barrier()  # the first process downloads, then the others read
-    sets = torchvision.datasets
     try:
-        if name == "stl10":
-            part = {"pretrain": "train+unlabeled", "train": "train", "val": "test"}[split]
-            data = sets.STL10(data_dir, split=part, download=True)
-            pixels, labels = torch.from_numpy(data.data), data.labels
-        else:
-            cifar = {"cifar10": sets.CIFAR10, "cifar100": sets.CIFAR100}[name]
-            data = cifar(data_dir, train=split != "val", download=True)
-            pixels, labels = torch.from_numpy(data.data).permute(0, 3, 1, 2), data.targets
+        data = make(data_dir, download=True)
     except (OSError, RuntimeError) as error:
         raise UserError(f"could not download {name} to {data_dir}: {error}") from error
     if rank == 0 and dist.is_initialized():
         dist.barrier()
-    labels = torch.as_tensor(labels, dtype=torch.int64)
+    pixels = torch.from_numpy(data.data)
+    pixels = pixels if name == "stl10" else pixels.permute(0, 3, 1, 2)
+    labels = torch.as_tensor(data.labels if name == "stl10" else data.targets, dtype=torch.int64)
     return Images(labels, list(data.classes), pixels.contiguous().to(device))
 
 
@@ -874,6 +864,7 @@ def folder_images(root: Path, split: str, device) -> Images | None:
     labels, classes = torch.full((len(paths),), -1), []
     if has_splits and all(parents):  # every image lies in a class folder
         classes = sorted(entry.name for entry in (root / "train").iterdir() if entry.is_dir())
+    if classes:
         if unknown := sorted({parent[0] for parent in parents} - set(classes)):
             raise UserError(f"{folder} has classes that train/ lacks: {', '.join(unknown[:5])}")
         number = {name: i for i, name in enumerate(classes)}
@@ -999,7 +990,7 @@ def crop_resize(imgs: Tensor, boxes: Tensor, size: int, flip: Tensor | None = No
 
     A batch is resampled at once, wherever it is: that is linear and separable, hence one matrix per
     image and axis. One image, as in a loader's worker, is left to torch, rounded if it is uint8."""
-    if len(imgs) == 1:
+    if len(imgs) == 1 and imgs.device.type == "cpu":
         top, left, h, w = boxes[0].tolist()
         crop = imgs[:, :, top : top + h, left : left + w]
         crop = F.interpolate(crop, (size, size), mode="bicubic", antialias=True).clamp_(0, 255)
@@ -1044,7 +1035,7 @@ class CentreCrop:
 def evenly_spaced(count: int, limit: int | None) -> Tensor:
     """Indices of at most `limit` of `count` images, in order."""
     limit = min(limit or count, count)
-    return torch.linspace(0, count - 1, limit, dtype=torch.float64).round().long()
+    return torch.linspace(0, count - 1, limit, dtype=torch.float64).long()
 
 
 def eval_batches(images: Images, size: int, device, limit: int | None = None, workers: int = 0,
@@ -1054,9 +1045,10 @@ def eval_batches(images: Images, size: int, device, limit: int | None = None, wo
     each gets its `share`; `gather_rows` brings results together."""
     index = evenly_spaced(len(images), limit)
     if share and dist.is_initialized():
-        if len(index) < dist.get_world_size():
-            raise UserError(f"{len(index)} images cannot be shared by so many processes")
         index = index[dist.get_rank() :: dist.get_world_size()]
+    if not len(index):  # fewer images than processes
+        yield torch.empty(0, 3, size, size, device=device), torch.empty(0, device=device).long()
+        return
     keys = [(0, i, part.tolist()) for i, part in enumerate(index.split(250))]
     batches = Batches(images, view or CentreCrop(size))
     yield from normalized(data_loader(batches, keys, device, workers), device)
@@ -1183,6 +1175,7 @@ def set_up_process(name: str) -> torch.device:
 
 
 def mean_over_processes(x: Tensor) -> Tensor:
+    """The mean of all processes' x."""
     if dist.is_initialized():
         x = x / dist.get_world_size()
         dist.all_reduce(x)
@@ -1206,22 +1199,24 @@ def gather_rows(x: Tensor) -> Tensor:
 
 def open_folder(run: Run) -> None:
     """Go on from the folder's checkpoint, if there is one; with --restart, delete it and the rest
-    of the run. UserError if it is of another run, damaged, or the folder not to be written to."""
+    of the run, but not what a flag names. UserError if the checkpoint is of another run or damaged,
+    or the folder not to be written to."""
     cfg, folder, images = run.cfg, run.folder, run.loader.images
     run.identity = dataclasses.asdict(cfg) | {  # what a run has in common with one it resumes
         "precision": run.precision, "images": len(images),
         "class names (checksum)": zlib.crc32("/".join(images.classes).encode()),
         "processes x accumulate": run.world * cfg.accumulate,
     }  # fmt: skip
-    found = [path for path in (folder / CHECKPOINT, folder / PREVIOUS) if path.exists()]
-    if found and not cfg.restart:
-        resume(run, found)
+    if run.resumes:
+        resume(run, run.found)
     if run.world > 1:
         dist.barrier()  # nobody writes before all have read
     if run.rank == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for path in folder.iterdir() if found and cfg.restart else ():
+            files = set(folder.iterdir()) if run.found and cfg.restart else set()
+            files -= {folder / Path(x).name for x in vars(cfg).values() if isinstance(x, str)}
+            for path in files:
                 if path.suffix in (".pt", ".png", ".json", ".jsonl"):
                     path.unlink()
         except OSError as error:
@@ -1240,6 +1235,8 @@ def resume(run: Run, found: list[Path]) -> None:
     if saved.get("script") != run.script:
         author = saved.get("script", "another program")
         raise UserError(f"{path} is by {author}, not {run.script}; choose another --out")
+    if not {"identity", "history"} <= saved.keys():
+        raise UserError(f"{path} is by another version of {run.script}; use another --out")
     new, old = run.identity, saved["identity"]
     differ = [k for k in new | old if k not in RESUMABLE and new.get(k) != old.get(k)]
     if differ:
@@ -1286,6 +1283,17 @@ def save(run: Run, encoder: ViT | None) -> None:
     content |= {k: x.state_dict() for k, x in (run.state | {"scaler": run.scaler}).items()}
     write_atomically(
         run.folder / CHECKPOINT, lambda file: torch.save(content, file), run.folder / PREVIOUS
+    )
+
+
+def not_finite(run: Run, means: dict[str, float]) -> UserError:
+    """What to say when training has failed."""
+    last, terms = run.folder / CHECKPOINT, ", ".join(f"{k} {x:g}" for k, x in means.items())
+    last = f"last good checkpoint: {last} (--init-from it, with a new --out)" if last.exists() \
+        else "no checkpoint yet"
+    return UserError(
+        f"not finite in step {run.step}: {terms} (lr {run.lr:.3g}, {run.precision}); {last}; "
+        "try a lower --lr, --clip-grad 1 or --precision fp32"
     )
 
 

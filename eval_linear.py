@@ -222,13 +222,12 @@ def evaluate_cached(run, encoder: common.ViT, train: common.Images, val: common.
         return accuracy(head.eval()(test), test_labels)
 
 
-def train_and_validate(run, model: nn.Module, optimizer, loader, loss_of, predict, val, size: int,
-                       floor: float = 0.0) -> dict:
+def train_and_validate(run, model: nn.Module, optimizer, loader, loss_of, predict, val, floor=0.0):
     """Minimise loss_of(ddp, imgs, labels), `ddp` being the model to call; validate predict(imgs)
     after each epoch. Returns the last accuracy."""
 
     def validate() -> dict:
-        return accuracy(*common.outputs(run, model, predict, val, size))
+        return accuracy(*common.outputs(run, model, predict, val, loader.augment.size))
 
     run.start(loader, model=model, optimizer=optimizer)
     ddp, results = run.wrap(model), {}
@@ -254,17 +253,17 @@ def evaluate_linear(run, encoder: common.ViT, train: common.Images, val: common.
     optimizer = LARS(head.parameters(), weight_decay=cfg.weight_decay)
     loader = common.TrainLoader(train, cfg, run, common.RandomCrop(size, cfg.min_crop))
 
-    def predict(imgs: Tensor, head=head) -> Tensor:
-        return head(pooled(encoder(imgs), cfg.pool))
+    def feature(imgs: Tensor) -> Tensor:
+        return pooled(encoder(imgs), cfg.pool)
 
-    def loss_of(ddp, imgs: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(predict(imgs, ddp), labels)
-
-    return train_and_validate(run, head, optimizer, loader, loss_of, predict, val)
+    return train_and_validate(
+        run, head, optimizer, loader, val=val, predict=lambda imgs: head(feature(imgs)),
+        loss_of=lambda ddp, imgs, labels: F.cross_entropy(ddp(feature(imgs)), labels),
+    )  # fmt: skip
 
 
 class Augment:
-    """MAE's for fine-tuning, in the loader's workers, image by image."""
+    """MAE's for fine-tuning: a random crop, then up to two operations of RandAugment."""
 
     def __init__(self, size: int, min_crop: float):
         self.size, self.crop = size, common.RandomCrop(size, min_crop)
@@ -289,7 +288,7 @@ def evaluate_finetune(run, encoder: common.ViT, train: common.Images, val: commo
     mixes = [v2.MixUp(alpha=cfg.mixup, num_classes=classes)] if cfg.mixup else []
     mixes += [v2.CutMix(alpha=cfg.cutmix, num_classes=classes)] if cfg.cutmix else []
 
-    def loss_of(ddp, imgs: Tensor, labels: Tensor) -> Tensor:
+    def loss_of(ddp: nn.Module, imgs: Tensor, labels: Tensor) -> Tensor:
         imgs = torch.stack([erase(img) for img in imgs])
         if mixes:
             imgs, labels = v2.RandomChoice(mixes)(imgs, labels)
@@ -315,7 +314,7 @@ def main(cfg: Config) -> None:
         common.load_images(data, split, shape["img_size"], data_dir, place)
         for split in ("train", "val")
     )
-    if val is None or not train.classes:
+    if val is None or not train.classes or not val.classes:
         raise UserError(f"--data {data} has no labels: they need class folders in train/ and val/")
 
     cached = cfg.mode == "linear" and (
@@ -330,8 +329,8 @@ def main(cfg: Config) -> None:
     file = folder / "eval.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        entries = json.loads(file.read_text()) if file.exists() else {}
-    except (OSError, ValueError) as error:
+        entries = {} | (json.loads(file.read_text()) if file.exists() else {})
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{file} cannot be read or written: {error}") from error
     # A training is resumed only with the very weights that it was begun with.
     run_name = f"eval-{cfg.mode}-{zlib.crc32(path.read_bytes()):08x}"

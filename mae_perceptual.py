@@ -561,36 +561,29 @@ def random_affine(count: int, p: float, size: int) -> Tensor:
     def uniform() -> Tensor:
         return 2 * torch.rand(count) - 1
 
-    def normal() -> Tensor:
-        return torch.randn(count)
-
-    def matrix(a, b, c, d, x, y) -> Tensor:
-        row = torch.stack([v.expand(count) for v in (a, b, x, c, d, y, zero, zero, one)], dim=1)
-        return row.view(count, 3, 3)
-
     def stretch(x: Tensor, y: Tensor) -> Tensor:
-        return matrix(x, zero, zero, y, zero, zero)
+        return torch.diag_embed(torch.stack([x, y], dim=1))
 
     def rotate(angle: Tensor) -> Tensor:
         sin, cos = angle.sin(), angle.cos()
-        return matrix(cos, -sin, sin, cos, zero, zero)
+        return torch.stack([cos, -sin, sin, cos], dim=1).view(count, 2, 2)
 
     def shift(x: Tensor, y: Tensor) -> Tensor:
-        return matrix(one, zero, zero, one, x, y)
+        return (torch.stack([x, y], dim=1) * switched(one)[:, None])[:, :, None]
 
-    zero, one = torch.zeros(()), torch.ones(())
+    one = torch.ones(count)
     rotation = 1 - math.sqrt(1 - p)  # before and after stretching: p that it happens at all
     flip = 1 - 2 * switched((uniform() > 0).float())
     turns = switched((4 * torch.rand(count)).floor())
-    x, y = ((0.125 * size * uniform()).round() * 2 / size for _ in range(2))
-    on = switched(one)
-    scale, aspect = 2 ** switched(0.2 * normal()), 2 ** switched(0.2 * normal())
-    transform = stretch(flip, one) @ rotate(turns * (math.pi / 2)) @ shift(x * on, y * on)
-    transform = transform @ stretch(scale, scale) @ rotate(switched(math.pi * uniform(), rotation))
-    transform = transform @ stretch(aspect, 1 / aspect)
-    transform = transform @ rotate(switched(math.pi * uniform(), rotation))
-    on = switched(one)
-    return (transform @ shift(0.25 * normal() * on, 0.25 * normal() * on))[:, :2]
+    pixels = shift(*((0.125 * size * uniform()).round() * 2 / size for _ in range(2)))
+    scale, aspect = (2 ** switched(0.2 * torch.randn(count)) for _ in range(2))
+    matrix = stretch(flip, one) @ rotate(turns * (math.pi / 2))
+    place = matrix @ pixels
+    matrix = matrix @ stretch(scale, scale) @ rotate(switched(math.pi * uniform(), rotation))
+    matrix = matrix @ stretch(aspect, 1 / aspect)
+    matrix = matrix @ rotate(switched(math.pi * uniform(), rotation))
+    place = place + matrix @ shift(*(0.25 * torch.randn(count) for _ in range(2)))
+    return torch.cat([matrix, place], dim=2)
 
 
 def random_colour(count: int, p: float) -> tuple[Tensor, Tensor]:
@@ -641,8 +634,7 @@ def gan_step(run: common.Run, micro_batches, model: nn.Module, discriminator: nn
         run.log(**stats)
         del g_loss, d_loss, stats  # and with them the graph, before the next is made
     adversary.end_step(run.cfg.batch_size)
-    g_norm, d_norm = run.update(optimizer, d_optimizer)
-    run.log(g_norm=g_norm, d_norm=d_norm)
+    run.update(optimizer, d_optimizer, norms=("g_norm", "d_norm"))
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -683,7 +675,7 @@ def build_adversary(cfg: Config) -> Adversary:
 def main(cfg: Config) -> None:
     run = common.Run(cfg)
     model = build(cfg).to(run.device)
-    if cfg.init_from:
+    if cfg.init_from and not run.resumes:
         common.init_from(cfg.init_from, model)
     optimizer = common.adamw(model, cfg.weight_decay)
     state, plain = dict(model=model, optimizer=optimizer), cfg.variant == "mae"
@@ -697,12 +689,12 @@ def main(cfg: Config) -> None:
     examples = common.example_images(val or train, cfg.img_size, run.device)
     picture = functools.partial(reconstruct, model, examples, norm_pix=plain and cfg.norm_pix)
     run.start(loader, val, **state)
-    ddp, ddp_d = run.wrap(model), None if plain else run.wrap(adversary.discriminator, False)
+    ddp = run.wrap(model)
+    ddp_d = None if plain else run.wrap(adversary.discriminator, compile=False)
     for epoch in run.epochs():
-        # None: warm-up and cosine
-        lr = cfg.lr_decay and run.peak_lr * cfg.lr_decay ** ((epoch - 1) // 30)
+        decayed = cfg.lr_decay and run.peak_lr * cfg.lr_decay ** ((epoch - 1) // 30)
         for micro_batches in run.steps():
-            run.set_lr(optimizer, lr=lr)
+            run.set_lr(optimizer, lr=decayed)  # None: warm-up and cosine
             if plain:
                 mae_step(run, micro_batches, ddp, optimizer, cfg.norm_pix)
             else:

@@ -59,6 +59,7 @@ Known deviations
 """
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -245,10 +246,12 @@ class MixedAE(nn.Module):
             x = x + F.pad(self.segment(source), (0, 0, 1, 0))  # nothing for cls
         homologous = functools.partial(homologous_attention, topk=self.topk)
         for i, block in enumerate(vit.blocks):
+            before = x
             ordinary = i < self.plain_blocks or not self.homologous_attention
-            before, x = x, block(x) if ordinary else block(x, homologous)
+            x = block(x) if ordinary else block(x, homologous)
         with torch.no_grad():  # not before the block: autocast would keep weights without gradient
-            q, k, _ = block.attn.heads(block.norm1(before))
+            last = vit.blocks[-1]
+            q, k, _ = last.attn.heads(last.norm1(before))
         return vit.norm(x), topk_accuracy(q, k, source, self.topk)
 
     def decode(self, tokens: Tensor, source: Tensor) -> Tensor:
@@ -291,10 +294,10 @@ class MixedAE(nn.Module):
 
 @torch.no_grad()
 def reconstruct(model: MixedAE, imgs: Tensor) -> dict[str, Tensor]:
-    """Rows of the reconstruction picture, label -> (N, 3, H, W) normalised images: of imgs as many
-    as fill groups, consecutive ones."""
+    """Rows of the reconstruction picture, label -> (N, 3, H, W) normalised images; consecutive
+    images make a group, and the first ones fill up the last group."""
     vit, size = model.encoder, model.group_size
-    imgs = imgs[: len(imgs) // size * size]
+    imgs = imgs[torch.arange(math.ceil(len(imgs) / size) * size) % len(imgs)]
     pred, source, _, _ = model.predict(imgs)
     rows = common.reconstruction_rows(imgs, pred, ~own_patches(source, size), vit.patch_size)
     mixed = mix(common.patchify(imgs, vit.patch_size), source).repeat_interleave(size, dim=0)
@@ -316,25 +319,29 @@ def build(cfg: Config) -> MixedAE:
     )  # fmt: skip
 
 
+def check_batch(run: common.Run, group_size: int) -> None:
+    """UserError unless micro-batches are made of whole groups."""
+    batch, parts = run.cfg.batch_size, run.world * run.cfg.accumulate * group_size
+    if batch % parts:
+        raise common.UserError(
+            f"--batch-size {batch} is not divisible by {run.world} processes x --accumulate "
+            f"{run.cfg.accumulate} x groups of {group_size}; the nearest is "
+            f"{nearest_multiple(batch, parts)}"
+        )
+
+
 @common.entry_point
 def main(cfg: Config) -> None:
     run = common.Run(cfg)
     model = build(cfg).to(run.device)
-    parts, size = run.world * cfg.accumulate, model.group_size
-    if cfg.batch_size % (parts * size):
-        raise common.UserError(
-            f"--batch-size {cfg.batch_size} is not divisible by {run.world} processes x "
-            f"--accumulate {cfg.accumulate} x groups of {size}; the nearest is "
-            f"{nearest_multiple(cfg.batch_size, parts * size)}"
-        )
-    if cfg.init_from:
+    check_batch(run, model.group_size)
+    if cfg.init_from and not run.resumes:
         common.init_from(cfg.init_from, model)
     optimizer = common.adamw(model, cfg.weight_decay)
 
     train, val = common.pretraining_images(cfg, run.device)
     loader = common.TrainLoader(train, cfg, run, common.RandomCrop(cfg.img_size, cfg.min_crop))
-    shown = val if val and len(val) >= size else train
-    examples = common.example_images(shown, cfg.img_size, run.device, count=max(8, size))
+    examples = common.example_images(val or train, cfg.img_size, run.device)
     run.start(loader, val, model=model, optimizer=optimizer)
     ddp = run.wrap(model)
     for _ in run.epochs():

@@ -368,16 +368,18 @@ def tokenizer_file(cfg: Config) -> Path:
     return Path(cfg.tokenizer or Path(cfg.out) / "tokenizer" / "tokenizer.pt")
 
 
-def get_tokenizer(cfg: Config, train: common.Images, val: common.Images | None) -> VQTokenizer:
+def get_tokenizer(run: common.Run, train: common.Images, val: common.Images) -> VQTokenizer:
     """The finished tokenizer of --tokenizer or of the run's folder, or else a new one, trained in
-    that folder. UserError if the finished one does not fit."""
-    file = tokenizer_file(cfg)
+    that folder; one yet to be filled if the run resumes. UserError if a finished one does not
+    fit."""
+    cfg, file = run.cfg, tokenizer_file(run.cfg)
+    if cfg.tokenizer:
+        return load_tokenizer(file)
+    if run.resumes:
+        return build_tokenizer(cfg)
     if not file.exists():
         return train_tokenizer(cfg, train, val)
     tokenizer, wanted = load_tokenizer(file), build_tokenizer(cfg).settings
-    if cfg.tokenizer:
-        check_grid(tokenizer, cfg)
-        return tokenizer
     differ = [f"{k} {x}, not {wanted[k]}" for k, x in tokenizer.settings.items() if x != wanted[k]]
     if differ:
         raise common.UserError(
@@ -391,11 +393,14 @@ def train_tokenizer(cfg: Config, train: common.Images, val: common.Images | None
     """Train the tokenizer of cfg in its folder, or go on with it."""
     file, parts = tokenizer_file(cfg), cfg.accumulate
     parts *= dist.get_world_size() if dist.is_initialized() else 1
-    cfg = dataclasses.replace(
-        cfg, out=str(file.parent), steps=cfg.steps if cfg.train_tokenizer else None,
-        epochs=cfg.tokenizer_epochs, batch_size=min(cfg.batch_size, parts * max(1, 256 // parts)),
-        lr=cfg.tokenizer_lr, warmup_epochs=1.0, clip_grad=1.0, weight_decay=1e-4,
-        knn_every=0, recon_every=5, train_tokenizer=False, init_from=None,
+    same = ("data", "data_dir", "img_size", "patch_size", "min_crop", "accumulate", "workers",
+            "device", "precision", "seed", "restart", "tokenizer_width", "codebook_size",
+            "codebook_dim")  # fmt: skip
+    cfg = Config(  # nothing of the classifier's: its flags may change before this is finished
+        **{name: getattr(cfg, name) for name in same}, out=str(file.parent),
+        steps=cfg.steps if cfg.train_tokenizer else None, epochs=cfg.tokenizer_epochs,
+        batch_size=min(cfg.batch_size, parts * max(1, 256 // parts)), lr=cfg.tokenizer_lr,
+        clip_grad=1.0, weight_decay=1e-4, recon_every=5, knn_every=0,
     )  # fmt: skip
     run = common.Run(cfg)
     if train.pixels is not None:  # RandAugment wants them in main memory, the tokenizer does not
@@ -416,10 +421,8 @@ def train_tokenizer(cfg: Config, train: common.Images, val: common.Images | None
                 run.backward(losses["loss"])
                 run.log(**losses)
             run.update(optimizer)
-        run.end_epoch(
-            picture=lambda: decoded(tokenizer, examples),
-            **measure_tokenizer(run, tokenizer, val or train),
-        )
+        results = measure_tokenizer(run, tokenizer, val or train)
+        run.end_epoch(picture=lambda: decoded(tokenizer, examples), **results)
     content = {"model": tokenizer.state_dict(), "tokenizer": tokenizer.settings}
     if run.rank == 0 and run.step == run.total:
         common.write_atomically(file, lambda f: torch.save(content, f))
@@ -459,6 +462,22 @@ def check_grid(tokenizer: VQTokenizer, cfg: Config) -> None:
 
 
 # ------------------------------------------------------------------------------ training
+
+
+def training_images(cfg: Config, device) -> tuple[common.Images, common.Images | None]:
+    """Training and validation images. UserError if they have no labels: only a tokenizer does
+    without."""
+    place = "cpu" if cfg.randaug else device  # RandAugment works in the loader's processes
+    train, val = (
+        common.load_images(cfg.data, split, cfg.img_size, cfg.data_dir, place)
+        for split in ("train", "val")
+    )
+    if not cfg.train_tokenizer and (val is None or not train.classes or not val.classes):
+        raise common.UserError(
+            f"--data {cfg.data} has no labels, which this method needs: class folders in train/ "
+            "and val/"
+        )
+    return train, val
 
 
 class Augment:
@@ -541,21 +560,12 @@ def main(cfg: Config) -> None:
         check_grid(given, cfg)
         cfg = dataclasses.replace(cfg, codebook_size=len(given.codebook))
     run = common.Run(cfg)
-    place = "cpu" if cfg.randaug else run.device  # RandAugment works in the loader's processes
-    train, val = (
-        common.load_images(cfg.data, split, cfg.img_size, cfg.data_dir, place)
-        for split in ("train", "val")
-    )
+    train, val = training_images(cfg, run.device)
     if cfg.train_tokenizer:
         train_tokenizer(cfg, train, val)
         return
-    if val is None or not train.classes or not val.classes:
-        raise common.UserError(
-            f"--data {cfg.data} has no labels, which this method needs: class folders in train/ "
-            "and val/"
-        )
     model = build(cfg, len(train.classes)).to(run.device)
-    if cfg.init_from:
+    if cfg.init_from and not run.resumes:
         common.init_from(cfg.init_from, model)
     optimizer = common.adamw(model, cfg.weight_decay, betas=(0.9, 0.999))
 
@@ -567,7 +577,7 @@ def main(cfg: Config) -> None:
     mixup = v2.MixUp(alpha=cfg.mixup, num_classes=len(train.classes)) if cfg.mixup else None
     state, tokenizer = dict(model=model, optimizer=optimizer), None
     if needs_tokens:  # last, as it may take long: mistakes in flags have come out by now
-        tokenizer = get_tokenizer(cfg, train, val).to(run.device).eval().requires_grad_(False)
+        tokenizer = get_tokenizer(run, train, val).to(run.device).eval().requires_grad_(False)
         state |= dict(tokenizer=tokenizer)
         run.print(f"tokens of {tokenizer_file(cfg)}, {len(tokenizer.codebook)} codes, "
                   f"{tokenizer.grid} tokens an image")  # fmt: skip
