@@ -989,7 +989,8 @@ def crop_resize(imgs: Tensor, boxes: Tensor, size: int, flip: Tensor | None = No
     left-right -> (B, C, size, size) in 0..255: bicubic, anti-aliased, nothing outside a box seen.
 
     A batch is resampled at once, wherever it is: that is linear and separable, hence one matrix per
-    image and axis. One image, as in a loader's worker, is left to torch, rounded if it is uint8."""
+    image and axis. One image, as in a loader's worker, is left to torch, which rounds and clips
+    uint8 after each axis, as Pillow does."""
     if len(imgs) == 1 and imgs.device.type == "cpu":
         top, left, h, w = boxes[0].tolist()
         crop = imgs[:, :, top : top + h, left : left + w]

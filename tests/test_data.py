@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import write_images
+from conftest import in_processes, write_images
 from PIL import Image
 from torch.nn import functional as F
 from torchvision.transforms import v2
@@ -16,11 +16,13 @@ import common
 from common import UserError
 
 
-def make_loader(images, batch_size=8, accumulate=1, rank=0, world=1, workers=0):
+def make_loader(images, batch_size=8, accumulate=1, rank=0, world=1, workers=0,
+                augment=None, single=False):
     cfg = SimpleNamespace(batch_size=batch_size, accumulate=accumulate, seed=0, data="x",
-                          min_crop=0.2, workers=workers)  # fmt: skip
+                          workers=workers)  # fmt: skip
     run = SimpleNamespace(rank=rank, world=world, device=torch.device("cpu"))
-    return common.TrainLoader(images, cfg, run, size=16)
+    augment = augment or common.RandomCrop(16, 0.2)
+    return common.TrainLoader(images, cfg, run, augment, single)
 
 
 def test_shapes_are_reproducible_balanced_and_not_given_away_by_colour():
@@ -46,9 +48,25 @@ def test_crop_resize_equals_torch_on_each_crop(height, width, size):
     got = common.crop_resize(imgs, boxes, size, flip)
     for i, (top, left, h, w) in enumerate(boxes.tolist()):
         crop = imgs[i : i + 1, :, top : top + h, left : left + w].float()
-        expected = F.interpolate(crop, (size, size), mode="bicubic", antialias=True)
+        expected = F.interpolate(crop, (size, size), mode="bicubic", antialias=True).clamp(0, 255)
         expected = expected.flip(3) if flip[i] else expected
         torch.testing.assert_close(got[i : i + 1], expected, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("height, width, size", [(32, 32, 32), (20, 31, 24), (40, 24, 8)])
+def test_crop_resize_of_one_uint8_image_equals_pillow_s(height, width, size):
+    torch.manual_seed(0)
+    imgs = torch.randint(0, 256, (20, 1, 3, height, width), dtype=torch.uint8)
+    boxes = common.sample_crops(20, height, width, (0.1, 1.0))
+    for img, box, flip in zip(imgs, boxes, torch.arange(20) % 2 == 0, strict=True):
+        got = common.crop_resize(img, box[None], size, flip[None])
+        top, left, h, w = box.tolist()
+        picture = v2.functional.to_pil_image(img[0]).crop((left, top, left + w, top + h))
+        expected = v2.functional.pil_to_tensor(picture.resize((size, size), Image.BICUBIC))
+        expected = expected.flip(2) if flip else expected
+        assert got.dtype == torch.uint8
+        difference = (got[0].int() - expected.int()).abs()  # both round twice
+        assert difference.max() <= 2 and difference.float().mean() < 0.1
 
 
 @pytest.mark.parametrize("height, width, scale", [(32, 32, (0.2, 1.0)), (20, 60, (0.5, 1.0))])
@@ -87,17 +105,16 @@ def test_normalize_and_back():
 def test_an_epoch_sees_every_image_once_and_processes_share_it():
     images = common.load_images("shapes", "val", 16)
     whole = make_loader(images, batch_size=100)
-    list(whole.batches(0))
-    keys = list(whole.indices())
-    assert len(keys) == 40 and sorted(torch.cat([k[2] for k in keys]).tolist()) == list(range(4000))
+    first = list(whole.batches(0))
+    assert len(first) == len(whole.keys) == 40
+    assert sorted(i for _, _, index in whole.keys for i in index) == list(range(4000))
     # Two processes see what one process with two accumulated micro-batches sees.
     one = list(make_loader(images, batch_size=100, accumulate=2).batches(0))
     two = [make_loader(images, batch_size=100, rank=r, world=2).batches(0) for r in range(2)]
     for i, pair in enumerate(zip(*two, strict=True)):
         for (imgs, labels), expected in zip(pair, one[2 * i : 2 * i + 2], strict=True):
             assert torch.equal(imgs, expected[0]) and torch.equal(labels, expected[1])
-    second = list(make_loader(images, batch_size=100).batches(40))
-    assert not torch.equal(second[0][1], next(whole.batches(0))[1])
+    assert not torch.equal(next(whole.batches(40))[1], first[0][1])  # the next epoch
 
 
 @pytest.mark.parametrize("path", ["memory", "files"])
@@ -120,10 +137,66 @@ def test_labels_follow_their_images(shapes_folder, monkeypatch):
     monkeypatch.setattr(common, "RESIDENT_BYTES", 0)
     files = common.load_images(str(shapes_folder), "train", 16)
     for i in range(len(files)):
-        image, label = files.pil(i)
+        image, label = files.read(i)
         assert files.classes[label] == files.paths[i].parent.name
-        assert torch.equal(v2.functional.pil_to_tensor(image), resident.pixels[i])
-        assert label == resident.labels[i]
+        assert torch.equal(image, resident.pixels[i])
+        assert label == resident.labels[i] == resident.read(i)[1]
+        assert torch.equal(image, resident.read(i)[0])
+
+
+def numbered(imgs, index):
+    """Two views: the image, and its number in all pixels."""
+    return imgs, index[:, None, None, None].expand(imgs.shape)
+
+
+@pytest.mark.parametrize("place, single, workers", [
+    ("memory", False, 0), ("memory", True, 0), ("memory", True, 2),
+    ("files", False, 0), ("files", False, 2),
+])  # fmt: skip
+def test_views_and_labels_are_of_the_image_whose_number_they_get(
+    place, single, workers, shapes_folder, monkeypatch
+):
+    if place == "files":
+        monkeypatch.setattr(common, "RESIDENT_BYTES", 0)
+    images, seen = common.load_images(str(shapes_folder), "train", 16), []
+    assert (images.pixels is None) == (place == "files")
+    loader = make_loader(images, workers=workers, augment=numbered, single=single)
+    evaluated = common.eval_batches(images, 16, "cpu", workers=workers, view=numbered)
+    for batches in (loader.batches(0), evaluated):
+        seen.append([])
+        for imgs, numbers, labels in batches:
+            numbers = (255 * common.denormalize(numbers)).round().long()
+            assert (numbers == numbers[:, :1, :1, :1]).all()
+            for img, i, label in zip(imgs, numbers[:, 0, 0, 0].tolist(), labels, strict=True):
+                expected, expected_label = images.read(i)
+                assert torch.equal(img, common.normalize(expected)) and label == expected_label
+                seen[-1].append(i)
+    assert seen[1] == list(range(64)) == sorted(seen[0]) != seen[0]
+
+
+def means_of_all(folder) -> None:
+    """The mean colours of 601 images, and of 10 of them, to a file of this process."""
+    run, (pixels, labels) = common.Run(common.Config(device="cpu")), common.draw_shapes(601, 8, 0)
+    images = common.Images(labels, list(common.SHAPES), pixels)
+    results = [
+        common.outputs(run, torch.nn.Identity(), lambda x: x.mean(dim=(2, 3)), images, 8, limit)
+        for limit in (None, 10)
+    ]
+    torch.save(results, f"{folder}/{run.world}-{run.rank}.pt")
+
+
+def test_outputs_are_in_the_set_s_order_however_many_processes_make_them(tmp_path):
+    pixels, labels = common.draw_shapes(601, 8, 0)
+    means = common.normalize(pixels).mean(dim=(2, 3))
+    means_of_all(tmp_path)
+    assert in_processes(2, means_of_all, tmp_path) == [0, 0]
+    for name in ("1-0", "2-0", "2-1"):
+        every, some = torch.load(tmp_path / f"{name}.pt")
+        assert torch.equal(every[1], labels)
+        torch.testing.assert_close(every[0], means)
+        index = common.evenly_spaced(601, 10)
+        assert index[0] == 0 and index[-1] == 600 and torch.equal(some[1], labels[index])
+        torch.testing.assert_close(some[0], means[index])
 
 
 def test_eval_batches_equal_torchvision_s_test_crop(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import in_processes, mistake, weights
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -113,7 +113,7 @@ def test_accuracy_and_features():
     vit.train()
     for pool, expected in (("cls", tokens[:, 0]), ("mean", tokens[:, 1:].mean(1))):
         batches = [(imgs[:3], torch.arange(3)), (imgs[3:], torch.arange(1))]
-        features, labels = common.extract_features(vit, batches, pool)
+        features, labels = eval_linear.extract_features(vit, batches, pool)
         torch.testing.assert_close(features, expected)
         assert labels.tolist() == [0, 1, 2, 0] and vit.training
 
@@ -159,10 +159,11 @@ MODES = {
 
 
 def evaluate(file, mode: str, *flags) -> dict:
+    """The mode's entry in eval.json. `file`: an encoder.pt, or the folder that has it."""
     arguments = [str(file), *MODES[mode], "--batch-size", "16", "--workers", "0", "--device", "cpu"]
     eval_linear.main(common.parse(eval_linear.Config, {}, [*arguments, *flags]))
-    name = MODES[mode][1]
-    return json.loads((file.parent / "eval.json").read_text())[name]
+    folder = file if file.is_dir() else file.parent
+    return json.loads((folder / "eval.json").read_text())[MODES[mode][1]]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -208,9 +209,8 @@ def test_fine_tuning_mixes_smooths_and_erases(encoder_file, monkeypatch):
 
 def test_layer_decay_reaches_the_optimiser(encoder_file):
     evaluate(encoder_file, "finetune", "--steps", "7")
-    (file,) = encoder_file.parent.glob("eval-finetune-*/checkpoint.pt")
-    state = torch.load(file, weights_only=True)
-    groups = state["optimizer"]["param_groups"]
+    (folder,) = encoder_file.parent.glob("eval-finetune-*")
+    groups = weights(folder, "optimizer")["param_groups"]
     peak = max(group["lr"] for group in groups)
     assert {round(g["lr_scale"], 6) for g in groups} == {round(0.65**i, 6) for i in range(4)}
     for group in groups:
@@ -218,18 +218,34 @@ def test_layer_decay_reaches_the_optimiser(encoder_file):
         assert group["betas"] == (0.9, 0.999)
 
 
+@pytest.mark.parametrize("mode", ["linear", "finetune"])
+def test_a_training_is_resumed_whoever_asks_for_it(mode, encoder_file, capsys):
+    """With --baseline or without, by the file or by its folder; but not that of other weights."""
+    first = evaluate(encoder_file, mode, "--steps", "5")
+    assert "resumed after" not in capsys.readouterr().out
+    both = evaluate(encoder_file.parent, mode, "--steps", "5", "--baseline")
+    assert capsys.readouterr().out.count("resumed after step 5") == 1  # the other one is new
+    again = evaluate(encoder_file, mode, "--steps", "5", "--baseline")
+    assert capsys.readouterr().out.count("resumed after step 5") == 2
+    assert first["top1"] == both["top1"] == again["top1"]
+    assert both["untrained"] == again["untrained"]
+    evaluate(encoder_file, mode, "--steps", "9")
+    assert capsys.readouterr().out.count("resumed after step 5") == 1
+    content = torch.load(encoder_file, weights_only=True)
+    content["model"]["norm.bias"] += 1
+    torch.save(content, encoder_file)
+    evaluate(encoder_file, mode, "--steps", "1")
+    assert "resumed after" not in capsys.readouterr().out
+
+
 def test_two_processes_evaluate_as_one(encoder_file):
     """An odd number of images for two processes, and no batch to divide in kNN."""
     folder = common.read_checkpoint(encoder_file)["config"]["data"]
     next((Path(folder) / "val" / "dark").iterdir()).unlink()
     one = evaluate(encoder_file, "knn")
-    script = ROOT / "eval_linear.py"
-    done = run_script(script, encoder_file, "--mode", "knn", torchrun=2, OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
+    assert in_processes(2, evaluate, encoder_file, "knn") == [0, 0]
     two = json.loads((encoder_file.parent / "eval.json").read_text())["knn"]
-    assert {k: v for k, v in one.items() if k != "settings"} == {
-        k: v for k, v in two.items() if k != "settings"
-    }
+    assert one == two
 
 
 def test_eval_json_keeps_other_modes(encoder_file):
@@ -271,8 +287,5 @@ def test_cached_probe_reaches_the_score_of_logistic_regression():
     (["ENCODER", "--drop-path", "2"], "--drop-path must be at most 1"),
 ])  # fmt: skip
 def test_mistakes_are_one_line_and_exit_code_2(arguments, message, encoder_file, capsys):
-    arguments = [str(encoder_file) if a == "ENCODER" else a for a in arguments]
-    with pytest.raises(SystemExit) as end:
-        eval_linear.main(common.parse(eval_linear.Config, {}, arguments))
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and message in error and error.count("\n") == 1
+    arguments = [encoder_file if a == "ENCODER" else a for a in arguments]
+    assert message in mistake(capsys, eval_linear, *arguments)

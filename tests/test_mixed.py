@@ -1,27 +1,19 @@
 """MixedAE: each part against a slow version of its equation, then runs of the script."""
 
-import json
 import math
 import shutil
 
 import pytest
 import torch
-from conftest import ROOT, TINY, run_script
+from conftest import metrics, settings, train, weights
 from PIL import Image
 from torch.nn import functional as F
 
 import common
-import eval_linear
 import mixed_ae
 from common import UserError
 
-SMALL = ["--depth", "2", "--decoder-dim", "16", "--decoder-depth", "1", "--decoder-heads", "2"]
 SWITCHES = ["--no-homologous-attention", "--no-homologous-loss", "--no-segment"]
-
-
-def train(out, data, *flags):
-    flags = [str(f) for f in (*TINY, *SMALL, "--out", out, "--data", data, *flags)]
-    mixed_ae.main(common.parse(mixed_ae.Config, mixed_ae.PRESETS, flags))
 
 
 def model_of(size=2, channels=3, img_size=16, depth=3, **options):
@@ -142,21 +134,6 @@ def test_homologous_attention_in_half_precision(autocast):
     best_dropped = products.masked_fill(chosen, -torch.inf).amax(dim=3)
     assert (best_dropped <= worst + 0.01 * worst.abs()).all()
     torch.testing.assert_close(out.float(), slow_attention(q, k, v, 16, keep), atol=0.02, rtol=0.02)
-
-
-def test_with_all_keys_it_is_ordinary_attention():
-    q, k, v = queries()
-    ordinary = (q @ k.transpose(2, 3) / math.sqrt(5)).softmax(dim=3) @ v
-    torch.testing.assert_close(mixed_ae.homologous_attention(q, k, v, 16), ordinary)
-
-
-def test_a_dropped_key_has_no_influence_and_no_gradient():
-    q, k, v = queries(batch=1, heads=1)
-    keep = mixed_ae.topk_keys(q, k, 4)[0, 0]
-    out = mixed_ae.homologous_attention(q, k, v, 4)
-    for i in (1, 7):
-        for x in torch.autograd.grad(out[0, 0, i].sum(), (k, v), retain_graph=True):
-            assert torch.equal(x[0, 0].abs().sum(dim=1) > 0, keep[i])
 
 
 def slow_accuracy(q, k, source, topk) -> float:
@@ -283,8 +260,7 @@ def test_the_losses_are_those_of_all_images_over_their_hidden_patches(size, monk
 def test_temperature_and_weight_are_those_of_the_command_line(monkeypatch):
     source = mixed_ae.random_mixing(2, 4, 16)
     monkeypatch.setattr(mixed_ae, "random_mixing", lambda *args: source)
-    flags = [*TINY, *SMALL, "--tau", "0.5", "--homo-weight", "0.3"]
-    model = mixed_ae.build(common.parse(mixed_ae.Config, mixed_ae.PRESETS, flags))
+    model = mixed_ae.build(settings("mixed_ae", "--tau", "0.5", "--homo-weight", "0.3"))
     imgs = torch.randn(8, 3, 16, 16)
     loss, stats = model(imgs)
     _, _, tokens, _ = model.predict(imgs)
@@ -309,6 +285,13 @@ def test_the_picture_shows_mixtures_own_parts_and_predictions(monkeypatch):
         assert torch.equal(complete[n], torch.where(mine, imgs[n], prediction[n]))
     mean, std = common.patch_statistics(common.patchify(imgs, 4))
     torch.testing.assert_close(common.patchify(prediction, 4), pred * std + mean)
+
+
+def test_the_picture_of_a_group_that_is_not_full_has_the_first_images_twice():
+    model, imgs = model_of(4), torch.randn(6, 3, 16, 16)
+    rows = mixed_ae.reconstruct(model, imgs)
+    assert torch.equal(rows["input"], torch.cat([imgs, imgs[:2]]))
+    assert all(row.shape == (8, 3, 16, 16) for row in rows.values())
 
 
 def test_a_hidden_patch_is_never_seen_and_groups_do_not_touch(monkeypatch):
@@ -402,14 +385,6 @@ def test_patches_learn_to_recognise_their_image():
 # ------------------------------------------------------------------------------ runs
 
 
-def metrics(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(folder) -> dict:
-    return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
-
-
 def test_the_imagenet_preset_is_the_published_recipe():
     cfg = common.parse(mixed_ae.Config, mixed_ae.PRESETS, ["--preset", "imagenet"])
     assert (cfg.size, cfg.img_size, cfg.patch_size, cfg.mask_ratio) == ("base", 224, 16, 0.75)
@@ -424,62 +399,19 @@ def test_the_imagenet_preset_is_the_published_recipe():
     assert (model.tau, model.homo_weight) == (0.25, 0.1)
 
 
-@pytest.mark.parametrize("flags, size", [([], 4), ([*SWITCHES, "--mask-ratio", "0.5"], 2)])
-def test_a_run_and_its_evaluation(flags, size, tmp_path, shapes_folder, capsys):
-    train(tmp_path, shapes_folder, "--epochs", "2", "--knn-every", "1", *flags)
-    for line in metrics(tmp_path):
+@pytest.mark.parametrize("naive", [False, True])
+def test_a_run(naive, tmp_path, shapes_folder, whole):
+    folder = tmp_path if naive else whole("mixed_ae")
+    if naive:
+        train("mixed_ae", folder, shapes_folder, "--epochs", "2", "--knn-every", "1",
+              "--mask-ratio", "0.5", *SWITCHES)  # fmt: skip
+    for line in metrics(folder):
         assert 0 < line["topk_accuracy"] < 1 and {"knn", "lr"} <= line.keys()
-        expected = line["recon"] + (0 if flags else 0.1 * line["homo"])
+        expected = line["recon"] + (0 if naive else 0.1 * line["homo"])
         assert line["loss"] == pytest.approx(expected, rel=1e-5)
-    with Image.open(tmp_path / "recon_0002.png") as picture:
+    with Image.open(sorted(folder.glob("recon_*.png"))[-1]) as picture:
         assert picture.width > 8 * 90 and picture.height > 5 * 90
-
-    encoder, whole = (common.load_encoder(tmp_path / f"{x}.pt") for x in ("encoder", "checkpoint"))
-    imgs, model = torch.randn(2, 3, 16, 16), weights(tmp_path)
-    assert torch.equal(encoder(imgs), whole(imgs)) and ("segment.weight" in model) == (not flags)
-    plain = common.ViT(16, 4, embed_dim=192, depth=2, num_heads=3)
-    plain.load_state_dict({k[8:]: v for k, v in model.items() if k.startswith("encoder.")})
-    assert torch.equal(encoder(imgs), plain(imgs))
-    eval_linear.main(common.parse(eval_linear.Config, {}, [str(tmp_path), "--mode", "knn"]))
-    assert "kNN" in capsys.readouterr().out
-    train(tmp_path / "next", shapes_folder, "--epochs", "1", "--steps", "1", "--lr", "1e-9",
-          "--init-from", tmp_path / "checkpoint.pt", *flags)  # fmt: skip
-    started = weights(tmp_path / "next")
-    assert started.keys() == model.keys()
-    for name in model:  # the segment embedding, too
-        torch.testing.assert_close(started[name], model[name], atol=1e-6, rtol=0, msg=name)
-    train(tmp_path / "more", shapes_folder, "--epochs", "1", "--steps", "1",
-          "--init-from", tmp_path / "encoder.pt", *flags)  # fmt: skip
-    missing = "decoder" if flags else "decoder, segment"
-    assert f"encoder.pt has no {missing}: as at the start" in capsys.readouterr().err
-
-
-def test_stopped_and_resumed_equals_uninterrupted(tmp_path, shapes_folder):
-    flags = ["--epochs", "3", "--accumulate", "2"]
-    train(tmp_path / "whole", shapes_folder, *flags)
-    for steps in ("3", "5", "12"):
-        train(tmp_path / "parts", shapes_folder, *flags, "--steps", steps)
-    a, b = weights(tmp_path / "whole"), weights(tmp_path / "parts")
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def test_two_processes_equal_one(tmp_path, shapes_folder):
-    flags = ["--epochs", "2", "--data", shapes_folder, *TINY, *SMALL, "--out", tmp_path / "two"]
-    done = run_script(ROOT / "mixed_ae.py", *flags, torchrun=2, OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
-    train(tmp_path / "one", shapes_folder, "--epochs", "2", "--accumulate", "2")
-    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
-    for name in a:  # where a gradient is tiny, Adam shows the order of a sum
-        torch.testing.assert_close(b[name], a[name], atol=2e-4, rtol=0, msg=name)
-    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
-        for name in ("loss", "recon", "homo", "topk_accuracy"):
-            assert two[name] == pytest.approx(one[name], rel=1e-3), name
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_trains(precision, tmp_path, shapes_folder):
-    train(tmp_path, shapes_folder, "--epochs", "2", "--precision", precision)
-    assert metrics(tmp_path)[-1]["recon"] < 2
+    assert ("segment.weight" in weights(folder)) == (not naive)
 
 
 def test_compiled_it_computes_the_same(monkeypatch):
@@ -494,15 +426,6 @@ def test_compiled_it_computes_the_same(monkeypatch):
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-3)
 
 
-def test_real_images_learn(cifar_folder, tmp_path):
-    flags = ["--preset", "cifar", "--data", str(cifar_folder), "--depth", "2", "--device", "cpu",
-             "--decoder-depth", "1", "--batch-size", "32", "--steps", "50", "--epochs", "2",
-             "--warmup-epochs", "0.25", "--lr", "4e-4", "--out", str(tmp_path)]  # fmt: skip
-    mixed_ae.main(common.parse(mixed_ae.Config, mixed_ae.PRESETS, flags))
-    line, = metrics(tmp_path)
-    assert 0.5 < line["recon"] < 1.3 and 0.2 < line["topk_accuracy"] < 0.4
-
-
 # ------------------------------------------------------------------------------ mistakes
 
 
@@ -511,31 +434,6 @@ def test_bad_numbers_are_named_with_the_nearest_that_would_do():
         mixed_ae.random_mixing(1, 4, 49)
     with pytest.raises(UserError, match="6 images do not fill groups of 4; 8 images"):
         model_of(4)(torch.randn(6, 3, 16, 16))
-    with pytest.raises(UserError, match="7 images do not fill 2 groups; 8 images"):
-        mixed_ae.mix(torch.randn(7, 16, 3), mixed_ae.random_mixing(2, 4, 16))
-
-
-@pytest.mark.parametrize("flags, message", [
-    (["--img-size", "28"], "7x7 = 49 patches cannot be shared by 4 images: that takes a multiple "
-                           "of 4, and two for each; the nearest is --img-size 24"),
-    (["--img-size", "8"], "2x2 = 4 patches cannot be shared by 4 images: that takes a multiple of "
-                          "4, and two for each; the nearest is --img-size 16"),
-    (["--mask-ratio", "0.7"], "not 0.7, but --mask-ratio 0.667 (G = 3) can be had"),
-    (["--mask-ratio", "0.1"], "not 0.1, but --mask-ratio 0.5 (G = 2) can be had"),
-    (["--batch-size", "30"], "--batch-size 30 is not divisible by 1 processes x --accumulate 1 x "
-                             "groups of 4; the nearest is 32"),
-    (["--batch-size", "34", "--accumulate", "3"], "groups of 4; the nearest is 36"),
-    (["--tau", "0"], "--tau must be above 0"),
-    (["--homo-weight", "-1"], "--homo-weight must be at least 0"),
-    (["--decoder-heads", "5"], "decoder width 64 is not divisible by 5 heads"),
-])  # fmt: skip
-def test_mistakes_are_one_line_and_leave_nothing(flags, message, tmp_path, capsys):
-    arguments = ["--out", str(tmp_path / "run"), *flags]
-    with pytest.raises(SystemExit) as end:
-        mixed_ae.main(common.parse(mixed_ae.Config, mixed_ae.PRESETS, arguments))
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.count("\n") == 1 and message in error
-    assert not (tmp_path / "run").exists()
 
 
 def test_images_that_do_not_fill_a_batch_are_left_out_and_a_small_val_split_will_do(
@@ -544,6 +442,7 @@ def test_images_that_do_not_fill_a_batch_are_left_out_and_a_small_val_split_will
     shutil.copytree(shapes_folder, tmp_path / "data")
     for path in sorted((tmp_path / "data" / "val").rglob("*.png"))[3:]:
         path.unlink()
-    train(tmp_path / "run", tmp_path / "data", "--epochs", "1", "--batch-size", "24")
+    flags = ["--epochs", "1", "--batch-size", "24"]
+    train("mixed_ae", tmp_path / "run", tmp_path / "data", *flags)
     assert "64 images, 2 steps an epoch (16 images left over)" in capsys.readouterr().out
     assert (tmp_path / "run" / "recon_0001.png").exists()

@@ -72,7 +72,7 @@ def test_random_masking_is_a_uniform_partition():
     again, _ = common.random_masking(4000, 10, 0.75, generator=torch.Generator().manual_seed(0))
     assert torch.equal(visible, again)
     for ratio in (0.0, 0.95, 1.0):
-        with pytest.raises(UserError, match="of 10 patches"):
+        with pytest.raises(UserError, match=f"--mask-ratio {ratio}: some of the 10 patches"):
             common.random_masking(1, 10, ratio)
 
 
@@ -194,7 +194,7 @@ def test_drop_path_drops_whole_branches_of_images():
     plain = common.Block(8, 2)
     plain.load_state_dict(block.state_dict())
     assert torch.equal(block.eval()(x), plain(x))  # nothing is dropped, or scaled, in eval mode
-    assert [b.drop_path for b in small_vit(depth=3, drop_path=0.2).blocks] == [0.0, 0.1, 0.2]
+    assert [b.drop_path.p for b in small_vit(depth=3, drop_path=0.2).blocks] == [0.0, 0.1, 0.2]
 
 
 def tiny_mae(**changes) -> mae_perceptual.PerceptualMAE:
@@ -230,15 +230,6 @@ def test_the_picture_of_a_perfect_prediction_is_the_input(norm_pix, monkeypatch)
     torch.testing.assert_close(rows["masked"], imgs.masked_fill(hidden, 0))  # grey once shown
 
 
-def test_the_loss_ignores_predictions_of_visible_patches():
-    model = tiny_mae()
-    imgs = torch.randn(2, 3, 16, 16)
-    pred, mask = model(imgs)
-    pred.retain_grad()
-    common.masked_mse(pred, common.patchify(imgs, 4), mask).backward()
-    assert torch.equal(pred.grad.abs().sum(2) > 0, mask)
-
-
 def test_one_batch_can_be_over_fitted():
     torch.manual_seed(0)
     model, imgs = tiny_mae(embed_dim=48), common.normalize(common.draw_shapes(4, 16, 0)[0])
@@ -258,11 +249,13 @@ def test_one_batch_can_be_over_fitted():
 # ------------------------------------------------------------------------------ weights
 
 
-@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+@pytest.mark.parametrize("size", common.VIT_SIZES)
 def test_encoder_loads_into_timm_and_gives_the_same_features(size, tmp_path):
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     shape = common.VIT_SIZES[size]
+    if size != "tiny":  # from which the others differ in widths and numbers
+        shape = shape | {"depth": 2}
     vit = ViT(64, 16, **shape)
     for parameter in vit.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)

@@ -1,37 +1,24 @@
 """Perceptual MAE: each part against a slow version of its equation, then the variants as runs."""
 
 import itertools
-import json
 import math
 
 import pytest
 import torch
-from conftest import ROOT, TINY, run_script
+from conftest import metrics, settings, train, weights
 from torch import nn
 from torch.nn import functional as F
 
 import common
-import eval_linear
 import mae_perceptual as pm
 from common import UserError
 
-GAN = ["--depth", "3", "--decoder-dim", "16", "--decoder-depth", "3", "--decoder-heads", "2",
-       "--disc-width", "32", "--refresh-epochs", "0.5", "--adv-weight", "0.7"]  # fmt: skip
 ADVERSARIAL = ["ls", "msg", "msg-ada"]
-
-
-def config(variant, *flags):
-    return common.parse(pm.Config, pm.PRESETS, [*TINY, *GAN, "--variant", variant, *flags])
-
-
-def train(out, data, variant, *flags):
-    flags = [str(f) for f in ("--out", out, "--data", data, *flags)]
-    pm.main(config(variant, *flags))
 
 
 def players(variant, size=16, seed=0):
     torch.manual_seed(seed)
-    cfg = config(variant, "--img-size", str(size))
+    cfg = settings(variant, "--img-size", size)
     return pm.build(cfg), pm.build_adversary(cfg)
 
 
@@ -339,8 +326,9 @@ def test_affine_map_is_the_product_of_its_operations():
     aspect = switched(0.2 * torch.randn(n))
     first = switched(math.pi * (2 * uniform() - 1), rotation)
     second = switched(math.pi * (2 * uniform() - 1), rotation)
+    fx, fy = (0.125 * torch.randn(n) for _ in range(2))  # shares of the side
     on = switched(torch.ones(n))
-    fx, fy = (0.125 * torch.randn(n) * on for _ in range(2))  # shares of the side
+    fx, fy = fx * on, fy * on
     for i in range(n):
         def turn(a):
             return torch.tensor([[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]])
@@ -421,11 +409,10 @@ def test_one_forward_pass_gives_the_gradients_of_two(variant):
     torch.testing.assert_close(g_loss, expected_g)
     torch.testing.assert_close(d_loss, expected_d)
     assert adversary.real_scores[0].shape == (4,)
-    for p, gradient in zip(pm.trainable(disc), d_gradients, strict=True):
-        torch.testing.assert_close(p.grad, gradient, atol=1e-6, rtol=1e-3)
-    for p, gradient in zip(pm.trainable(model), g_gradients, strict=True):
-        torch.testing.assert_close(p.grad, gradient, atol=1e-6, rtol=1e-3)
-        assert gradient.abs().sum() > 0
+    for player, gradients in ((disc, d_gradients), (model, g_gradients)):
+        for p, gradient in zip(pm.trainable(player), gradients, strict=True):
+            torch.testing.assert_close(p.grad, gradient, atol=1e-6, rtol=1e-3)
+            assert gradient.abs().sum() > 0
     assert all(p.grad is None for p in adversary.frozen.parameters())
     assert all(torch.equal(v, before[k]) for k, v in adversary.frozen.state_dict().items())
 
@@ -503,23 +490,7 @@ def test_end_of_a_step_hands_over_real_scores_and_the_global_batch(monkeypatch):
     assert len(calls) == 2 and not adversary.path_length.pending
 
 
-@pytest.mark.parametrize("variant", ADVERSARIAL)
-def test_every_parameter_gets_a_gradient(variant):
-    model, adversary = players(variant)
-    disc = adversary.discriminator
-    g_loss, d_loss, _ = adversary.losses(model, disc, torch.randn(4, 3, 16, 16), 1)
-    d_loss.backward(inputs=pm.trainable(disc), retain_graph=True)
-    g_loss.backward(inputs=pm.trainable(model))
-    for module in (model, disc):
-        for name, p in module.named_parameters():
-            assert not p.requires_grad or p.grad.abs().sum() > 0, name
-
-
 # ------------------------------------------------------------------------------ the script
-
-
-def metrics(folder):
-    return [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_the_imagenet_preset_is_the_authors():
@@ -534,47 +505,30 @@ def test_the_imagenet_preset_is_the_authors():
 
 
 @pytest.mark.parametrize("variant", ADVERSARIAL)
-def test_variants_resume_bit_for_bit_and_can_be_probed(
-    variant, tmp_path, shapes_folder, monkeypatch
-):
-    """24 steps in one go, and in pieces that end between two checks of p, two R1 steps, two copies
-    of D. The copy moves only when it is due: every second step of an epoch of four."""
-    frozen, losses = [], pm.Adversary.losses
-
-    def watched(self, model, discriminator, imgs, step):
-        state = self.frozen.state_dict()
-        frozen.append(torch.cat([v.flatten().float() for v in state.values()]))
-        return losses(self, model, discriminator, imgs, step)
-
-    monkeypatch.setattr(pm.Adversary, "losses", watched)
-    flags = ["--epochs", "6", "--accumulate", "2", "--recon-every", "3"]
-    train(tmp_path / "whole", shapes_folder, variant, *flags)
-    copies = frozen[::2]
-    assert len(frozen) == 2 * 24 and all(map(torch.equal, frozen[::2], frozen[1::2]))
-    moved = [not torch.equal(a, b) for a, b in itertools.pairwise(copies)]
-    assert moved == [step % 2 == 0 for step in range(1, 24)]
-
-    for steps in ("3", "17", "24"):
-        train(tmp_path / "parts", shapes_folder, variant, *flags, "--steps", steps)
-    one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
-                for name in ("whole", "parts"))  # fmt: skip
-    for part in ("model", "adversary"):
-        assert one[part].keys() == two[part].keys()
-        for name, value in one[part].items():
-            other = two[part][name]
-            assert value == other if "extra" in name else torch.equal(value, other), name
-    p = one["adversary"]["augment._extra_state"]["p"]
-    lines = metrics(tmp_path / "whole")
+def test_a_run(variant, whole):
+    lines, adversary = metrics(whole(variant)), weights(whole(variant), "adversary")
     assert lines[-1].keys() >= {"loss", "pix", "feat", "style", "adv", "d_loss", "real_score",
                                 "fake_score", "g_norm", "d_norm"}  # fmt: skip
     assert ("path" in lines[-1]) == (variant == "msg-ada") == ("ada_p" in lines[-1])
-    assert lines[-1].get("ada_p", 0.0) == p
-    assert (tmp_path / "whole" / "recon_0003.png").exists()
-    encoder, state = common.load_encoder(tmp_path / "whole" / "encoder.pt"), one["model"]
-    for name, value in encoder.state_dict().items():
-        assert torch.equal(value, state[f"encoder.{name}"])
-    flags = ["--data", str(shapes_folder), "--device", "cpu", "--workers", "0", "--mode", "knn"]
-    eval_linear.main(common.parse(eval_linear.Config, {}, [str(tmp_path / "whole"), *flags]))
+    assert lines[-1].get("ada_p", 0.0) == adversary["augment._extra_state"]["p"]
+    assert (whole(variant) / "recon_0003.png").exists()
+
+
+def test_the_copy_of_d_moves_only_when_it_is_due(tmp_path, shapes_folder, monkeypatch):
+    """Every second step of an epoch of four, BatchNorm's statistics included; never between
+    micro-batches."""
+    copies, losses = [], pm.Adversary.losses
+
+    def watched(self, model, discriminator, imgs, step):
+        state = self.frozen.state_dict()
+        copies.append(torch.cat([v.flatten().float() for v in state.values()]))
+        return losses(self, model, discriminator, imgs, step)
+
+    monkeypatch.setattr(pm.Adversary, "losses", watched)
+    train("ls", tmp_path, shapes_folder, "--epochs", "2", "--accumulate", "2")
+    assert len(copies) == 2 * 8 and all(map(torch.equal, copies[::2], copies[1::2]))
+    moved = [not torch.equal(a, b) for a, b in itertools.pairwise(copies[::2])]
+    assert moved == [step % 2 == 0 for step in range(1, 8)]
 
 
 def test_one_generator_and_two_discriminator_passes_a_step(tmp_path, shapes_folder, monkeypatch):
@@ -585,61 +539,16 @@ def test_one_generator_and_two_discriminator_passes_a_step(tmp_path, shapes_fold
             return _forward(self, *args, **kwargs)
 
         monkeypatch.setattr(kind, "forward", counted)
-    train(tmp_path, shapes_folder, "msg-ada", "--steps", "4", "--epochs", "1", "--recon-every", "9")
+    train("msg-ada", tmp_path, shapes_folder, "--steps", "4", "--epochs", "1")
     assert calls.count(("PerceptualMAE", True)) == 4 + 1  # one for the picture
     assert calls.count(("MSGDiscriminator", True)) == 2 * 4
     assert calls.count(("MSGDiscriminator", False)) == 2 * 4  # the copy
 
 
-@pytest.mark.parametrize("variant", ["ls", "msg-ada"])
-def test_two_processes_equal_accumulation(variant, tmp_path, shapes_folder):
-    flags = ["--epochs", "2", "--steps", "7", "--refresh-epochs", "2", "--variant", variant]
-    arguments = ["--data", shapes_folder, *TINY, *GAN, *flags, "--out", tmp_path / "two"]
-    done = run_script(ROOT / "mae_perceptual.py", *arguments, torchrun=2, OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
-    train(tmp_path / "one", shapes_folder, variant, *flags, "--accumulate", "2")
-    one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
-                for name in ("one", "two"))  # fmt: skip
-    for name in one["model"]:
-        # Adam divides by the gradient's size: where that is tiny, the order of a sum shows.
-        torch.testing.assert_close(one["model"][name], two["model"][name], atol=2e-3, rtol=0)
-    a, b = metrics(tmp_path / "one")[-1], metrics(tmp_path / "two")[-1]
-    for name in a.keys() & {"loss", "feat", "style", "adv", "d_loss", "g_norm", "d_norm", "path"}:
-        assert a[name] == pytest.approx(b[name], rel=0.01), name
-    if variant == "msg-ada":  # the signs of three steps since the last check of p, two path passes
-        a, b = one["adversary"], two["adversary"]
-        assert a["augment._extra_state"] == b["augment._extra_state"]
-        torch.testing.assert_close(a["path_length.mean"], b["path_length.mean"], rtol=1e-3, atol=0)
-
-
 def test_learning_rates_decay_every_30_epochs(tmp_path, shapes_folder):
     flags = ["--epochs", "31", "--batch-size", "64", "--knn-every", "0", "--recon-every", "40"]
     decay = ["--lr", "0.001", "--lr-decay", "0.5", "--warmup-epochs", "0"]
-    train(tmp_path, shapes_folder, "ls", *flags, *decay)
+    train("ls", tmp_path, shapes_folder, *flags, *decay)
     assert [x["lr"] for x in metrics(tmp_path)] == [0.001] * 30 + [0.0005]
-    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert all(group["lr"] == 1.5e-3 for group in state["d_optimizer"]["param_groups"])
-    assert all(group["betas"] == (0.9, 0.95) for group in state["d_optimizer"]["param_groups"])
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_runs(precision, tmp_path, shapes_folder):
-    train(tmp_path, shapes_folder, "msg-ada", "--epochs", "5", "--precision", precision)
-    assert all(math.isfinite(x["loss"]) for x in metrics(tmp_path))
-
-
-@pytest.mark.parametrize("flags, message", [
-    (["--decoder-depth", "2"], "--decoder-depth 4, not 2"),
-    (["--depth", "3"], "--depth 4 or more, not 3"),
-    (["--disc-width", "48"], "--disc-width must be a multiple of 32"),
-    (["--variant", "mae", "--preset", "imagenet"], "use --preset imagenet-mae"),
-    (["--variant", "ls", "--img-size", "4", "--patch-size", "2", "--mask-ratio", "0.5"],
-     "images of 4 px have no half"),
-    (["--lr-decay", "0.9"], "--lr-decay has no warm-up: add --warmup-epochs 0"),
-])  # fmt: skip
-def test_mistakes_are_one_line(flags, message, tmp_path, capsys):
-    with pytest.raises(SystemExit) as end:
-        pm.main(common.parse(pm.Config, pm.PRESETS, ["--out", str(tmp_path / "run"), *flags]))
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.count("\n") == 1 and message in error
-    assert not (tmp_path / "run").exists()
+    groups = weights(tmp_path, "d_optimizer")["param_groups"]
+    assert all(group["lr"] == 1.5e-3 and group["betas"] == (0.9, 0.95) for group in groups)

@@ -5,27 +5,27 @@ import math
 
 import pytest
 import torch
-from conftest import ROOT, TINY, run_script, write_images
+from conftest import (
+    METHODS,
+    TINY,
+    in_processes,
+    metrics,
+    mistake,
+    settings,
+    train,
+    weights,
+    write_images,
+)
 from PIL import Image
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
 import common
-import eval_linear
 import supervised_mim
 from supervised_mim import SupervisedMIM, VQTokenizer
 
-SMALL = ["--decoder-depth", "1", "--tokenizer-width", "4", "--codebook-size", "16",
-         "--codebook-dim", "8", "--tokenizer-epochs", "2"]  # fmt: skip
-
-
-def settings(out, data, *flags):
-    flags = [str(f) for f in (*TINY, *SMALL, "--out", out, "--data", data, *flags)]
-    return common.parse(supervised_mim.Config, supervised_mim.PRESETS, flags)
-
-
-def train(out, data, *flags):
-    supervised_mim.main(settings(out, data, *flags))
+METHOD = "supervised_mim"
+FLAGS = [*TINY, *METHODS[METHOD].small]
 
 
 def tokenizer_of(channels=3, **options) -> VQTokenizer:
@@ -46,20 +46,10 @@ def model_of(target="tokens", channels=3, **options) -> SupervisedMIM:
     return model
 
 
-def weights(folder, part="model") -> dict:
-    return torch.load(folder / "checkpoint.pt", weights_only=True)[part]
-
-
-def metrics(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, shapes_folder):
-    """A whole run of three epochs."""
-    folder = tmp_path_factory.mktemp("trained")
-    train(folder, shapes_folder, "--epochs", "3", "--mixup", "0.5")
-    return folder
+@pytest.fixture()
+def trained(whole):
+    """A whole run of three epochs, for reading only."""
+    return whole(METHOD)
 
 
 # ------------------------------------------------------------------------------ tokenizer
@@ -229,22 +219,10 @@ def train_tokenizer_on(folder) -> None:
     torch.save(tokenizer.state_dict(), f"{folder}/{run.world}-{run.rank}.pt")
 
 
-PROCESS = """
-import sys
-sys.path.insert(0, "tests")
-import test_supervised, torch.distributed as dist
-test_supervised.train_tokenizer_on(sys.argv[1])
-dist.destroy_process_group()
-"""
-
-
 def test_two_processes_train_the_tokenizer_that_one_does_with_the_whole_batch(tmp_path):
     torch.save(torch.randn(4, 8, 3, 16, 16), tmp_path / "imgs.pt")
     train_tokenizer_on(tmp_path)
-    script = tmp_path / "script.py"
-    script.write_text(PROCESS)
-    done = run_script(script, tmp_path, torchrun=2, OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
+    assert in_processes(2, train_tokenizer_on, tmp_path) == [0, 0]
     one, *two = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
     assert one["updates"] == 4
     for state in two:
@@ -378,12 +356,14 @@ def watch(monkeypatch) -> list:
     return calls
 
 
-def test_tokens_are_those_of_the_pixels_before_mixup(trained, shapes_folder, monkeypatch, tmp_path):
-    calls, file = watch(monkeypatch), trained / "tokenizer" / "tokenizer.pt"
-    train(tmp_path, shapes_folder, "--mixup", "0.5", "--steps", "3", "--tokenizer", file)
-    tokenizer, shares = supervised_mim.load_tokenizer(file).eval(), []
+def test_tokens_are_those_of_the_pixels_before_mixup(
+    tokenizer, shapes_folder, monkeypatch, tmp_path
+):
+    calls, flags = watch(monkeypatch), ["--mixup", "0.5", "--steps", "3", "--tokenizer", tokenizer]
+    train(METHOD, tmp_path, shapes_folder, *flags)
+    encode, shares = supervised_mim.load_tokenizer(tokenizer).eval().encode, []
     for imgs, labels, ids, clean in calls:
-        assert torch.equal(tokenizer.encode(clean), ids)
+        assert torch.equal(encode(clean), ids)
         other = clean.roll(1, 0)
         share = ((imgs - other) * (clean - other)).sum() / (clean - other).square().sum()
         torch.testing.assert_close(imgs, share * clean + (1 - share) * other, atol=1e-4, rtol=1e-3)
@@ -395,19 +375,19 @@ def test_tokens_are_those_of_the_pixels_before_mixup(trained, shapes_folder, mon
 
 
 def test_tokens_are_those_of_the_crop_before_randaugment(
-    trained, shapes_folder, monkeypatch, tmp_path
+    tokenizer, shapes_folder, monkeypatch, tmp_path
 ):
     """Half of the crops are mirrored, and so is what the tokens are of."""
-    calls, file = watch(monkeypatch), trained / "tokenizer" / "tokenizer.pt"
+    calls = watch(monkeypatch)
     monkeypatch.setattr(v2, "RandAugment", lambda *args, **kwargs: v2.RandomInvert(p=1))
-    train(tmp_path, shapes_folder, "--steps", "4", "--tokenizer", file, "--randaug", "9",
-          "--min-crop", "0.999")  # fmt: skip
-    tokenizer, mirrored = supervised_mim.load_tokenizer(file).eval(), 0
+    flags = ["--steps", "4", "--tokenizer", tokenizer, "--randaug", "9", "--min-crop", "0.999"]
+    train(METHOD, tmp_path, shapes_folder, *flags)
+    encode, mirrored = supervised_mim.load_tokenizer(tokenizer).eval().encode, 0
     originals = common.normalize(common.load_images(str(shapes_folder), "train", 16).pixels)
     for imgs, _, ids, clean in calls:
         pixels, changed = (common.denormalize(x) for x in (clean, imgs))
         torch.testing.assert_close(changed, 1 - pixels, atol=1e-4, rtol=0)
-        assert torch.equal(tokenizer.encode(clean), ids)
+        assert torch.equal(encode(clean), ids)
         for img in clean:
             whole, flipped = ((x - img).abs().mean(dim=(1, 2, 3)).min() for x in
                               (originals, originals.flip(3)))  # fmt: skip
@@ -417,15 +397,17 @@ def test_tokens_are_those_of_the_crop_before_randaugment(
 
 
 def test_augment_changes_one_of_two_equal_crops():
-    img = v2.functional.to_pil_image(common.draw_shapes(1, 40, 0)[0][0])
-    augment, changed = supervised_mim.Augment(16, 0.5, 15), 0
+    imgs, index = common.draw_shapes(2, 40, 0)[0], torch.arange(2)
+    crop = common.RandomCrop(16, 0.5)
+    augment, changed = supervised_mim.Augment(crop, 15), 0
     for seed in range(20):
         torch.manual_seed(seed)
-        after, before = augment(img)
+        after, before = augment(imgs[:1], index[:1])
         torch.manual_seed(seed)
-        assert augment.crop(img).tobytes() == before.tobytes()
-        assert after.size == before.size == (16, 16)
-        changed += after.tobytes() != before.tobytes()
+        assert torch.equal(crop(imgs[:1], index[:1])[0], before)
+        assert after.shape == before.shape == (1, 3, 16, 16)
+        assert after.dtype == before.dtype == torch.uint8
+        changed += not torch.equal(after, before)
     assert changed > 12
     assert (augment.change.num_ops, augment.change.magnitude) == (2, 15)
     assert augment.change.num_magnitude_bins == 31
@@ -434,7 +416,7 @@ def test_augment_changes_one_of_two_equal_crops():
 # ------------------------------------------------------------------------------ runs
 
 
-def test_a_run_and_its_evaluation(trained, capsys):
+def test_a_run_and_its_classifiers(trained):
     names = {path.name for path in trained.iterdir()}
     assert {"classifier.pt", "classifier.best.pt", "encoder.pt", "recon_0003.png"} <= names
     assert {"tokenizer.pt", "metrics.jsonl", "recon_0002.png"} <= {
@@ -457,16 +439,11 @@ def test_a_run_and_its_evaluation(trained, capsys):
     assert set(classifier["model"]) == {*plain.state_dict(), "head.weight", "head.bias"}
     assert torch.equal(classifier["model"]["head.weight"], model["head.weight"])
     assert classifier["classes"] == sorted(common.SHAPES)
-    encoder = torch.load(trained / "encoder.pt", weights_only=True)["model"]
-    assert encoder.keys() == plain.state_dict().keys()
-    assert torch.equal(encoder["cls_token"], classifier["model"]["cls_token"])
+    best = torch.load(trained / "classifier.best.pt", weights_only=True)["model"]
+    assert best.keys() == classifier["model"].keys()
     imgs = torch.randn(2, 3, 16, 16)
     assert torch.equal(*(common.load_encoder(trained / f"{name}.pt")(imgs)
                          for name in ("encoder", "classifier")))  # fmt: skip
-    for source in (trained, trained / "classifier.best.pt"):
-        arguments = [str(source), "--mode", "knn", "--device", "cpu"]
-        eval_linear.main(common.parse(eval_linear.Config, {}, arguments))
-        assert "knn" in capsys.readouterr().out
 
 
 def test_timm_takes_the_classifier(trained):
@@ -492,15 +469,15 @@ def test_validation_equals_a_loop(trained, shapes_folder):
     assert metrics(trained)[-1]["val_top1"] == pytest.approx(100 * hits / len(val), abs=0.01)
 
 
-def test_without_mim_it_is_the_supervised_baseline_bit_for_bit(tmp_path, shapes_folder, trained):
+def test_without_mim_it_is_the_supervised_baseline_bit_for_bit(tmp_path, shapes_folder):
     """Against a loop that knows no masks, tokens or decoders."""
     flags = ["--epochs", "2", "--mixup", "0.5", "--clip-grad", "1", "--depth", "2"]
-    train(tmp_path, shapes_folder, *flags, "--mim-weight", "0")
+    train(METHOD, tmp_path, shapes_folder, *flags, "--mim-weight", "0")
     assert not (tmp_path / "tokenizer").exists() and not list(tmp_path.glob("recon_*"))
-    cfg = settings("unused", shapes_folder, *flags)
+    cfg = settings(METHOD, *flags)
     train_set = common.load_images(str(shapes_folder), "train", 16)
-    run = common.Run(cfg)
-    loader = common.TrainLoader(train_set, cfg, run, 16)
+    crop = common.RandomCrop(16, cfg.min_crop)
+    loader = common.TrainLoader(train_set, cfg, common.Run(cfg), crop)
     torch.manual_seed(common.random_seed("init", 0))
     vit, head = common.ViT(16, 4, embed_dim=192, depth=2, num_heads=3), torch.nn.Linear(192, 10)
     torch.nn.init.zeros_(head.weight)
@@ -536,13 +513,12 @@ def test_without_mim_it_is_the_supervised_baseline_bit_for_bit(tmp_path, shapes_
     assert losses[0] == pytest.approx(math.log(10), rel=1e-5)  # the head starts at zero
 
 
-def test_the_class_branch_of_the_first_step_is_the_baseline_s(tmp_path, shapes_folder, trained):
+def test_the_class_branch_of_the_first_step_is_the_baseline_s(tmp_path, shapes_folder, tokenizer):
     """Same weights, images, mixup: beside it the masked pass changes nothing."""
     flags = ["--steps", "1", "--mixup", "0.5", "--randaug", "5"]
-    file = trained / "tokenizer" / "tokenizer.pt"
-    train(tmp_path / "mim", shapes_folder, *flags, "--tokenizer", file)
-    train(tmp_path / "baseline", shapes_folder, *flags, "--mim-weight", "0")
-    train(tmp_path / "pixels", shapes_folder, *flags, "--target", "pixels")
+    train(METHOD, tmp_path / "mim", shapes_folder, *flags, "--tokenizer", tokenizer)
+    train(METHOD, tmp_path / "baseline", shapes_folder, *flags, "--mim-weight", "0")
+    train(METHOD, tmp_path / "pixels", shapes_folder, *flags, "--target", "pixels")
     assert not (tmp_path / "pixels" / "tokenizer").exists()
     a, b, c = (metrics(tmp_path / name)[0] for name in ("mim", "baseline", "pixels"))
     assert a["class_loss"] == b["class_loss"] == c["class_loss"] == b["loss"]
@@ -562,19 +538,20 @@ def test_the_tokenizer_is_frozen_and_kept_in_the_checkpoint(trained):
 def test_a_finished_tokenizer_is_taken_as_it_is(tmp_path, shapes_folder, capsys):
     """By other processes, batches and precisions, and by a run that starts over; not by one that
     wants another tokenizer."""
-    train(tmp_path, shapes_folder, "--train-tokenizer", "--steps", "5")
+    train(METHOD, tmp_path, shapes_folder, "--train-tokenizer", "--steps", "5")
     assert not (tmp_path / "tokenizer" / "tokenizer.pt").exists()
-    train(tmp_path, shapes_folder, "--train-tokenizer")
-    for flags in (["--accumulate", "2"], ["--batch-size", "8", "--precision", "bf16"]):
-        train(tmp_path, shapes_folder, "--steps", "1", *flags, "--seed", "1", "--restart")
-        assert weights(tmp_path, "tokenizer")["updates"] == 8
-    flags = ["--out", tmp_path, "--data", shapes_folder, *TINY, *SMALL]
-    error = mistake(capsys, *flags, "--codebook-size", "17")
+    train(METHOD, tmp_path, shapes_folder, "--train-tokenizer")
+    flags = ["--out", tmp_path, "--data", shapes_folder, *FLAGS, "--codebook-size", "17"]
+    error = mistake(capsys, supervised_mim, *flags)
     assert "codebook_size 16, not 17; use another --out, or --train-tokenizer --restart" in error
-    train(tmp_path, shapes_folder, "--train-tokenizer", "--restart", "--codebook-size", "17")
+    for flags in (["--accumulate", "2"], ["--batch-size", "8", "--precision", "bf16"]):
+        train(METHOD, tmp_path, shapes_folder, "--steps", "1", *flags, "--seed", "1", "--restart")
+        assert weights(tmp_path, "tokenizer")["updates"] == 8
+    anew = ["--train-tokenizer", "--restart"]
+    train(METHOD, tmp_path, shapes_folder, *anew, "--codebook-size", "17")
     file = tmp_path / "tokenizer" / "tokenizer.pt"
     assert len(supervised_mim.load_tokenizer(file).codebook) == 17
-    train(tmp_path, shapes_folder, "--train-tokenizer", "--restart", "--steps", "1")
+    train(METHOD, tmp_path, shapes_folder, *anew, "--steps", "1")
     assert not file.exists()
 
 
@@ -584,7 +561,8 @@ def test_a_finished_tokenizer_is_taken_as_it_is(tmp_path, shapes_folder, capsys)
 def test_the_tokenizer_s_batch_can_be_divided(batch, accumulate, expected, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(common, "Run", lambda cfg: seen.append(cfg) or 1 / 0)
-    cfg = settings(tmp_path, "shapes", "--batch-size", batch, "--accumulate", accumulate)
+    flags = ["--out", tmp_path, "--batch-size", batch, "--accumulate", accumulate]
+    cfg = settings(METHOD, *flags)
     with pytest.raises(ZeroDivisionError):
         supervised_mim.train_tokenizer(cfg, None, None)
     assert seen[0].batch_size == expected and expected % accumulate == 0
@@ -592,17 +570,18 @@ def test_the_tokenizer_s_batch_can_be_divided(batch, accumulate, expected, tmp_p
 
 def test_without_validation_there_is_none(tmp_path, shapes_folder):
     flags = ["--mim-weight", "0", "--knn-every", "0", "--steps", "1"]
-    train(tmp_path, shapes_folder, *flags)
+    train(METHOD, tmp_path, shapes_folder, *flags)
     assert not {"val_top1", "knn"} & metrics(tmp_path)[0].keys()
     assert not (tmp_path / "classifier.best.pt").exists()
 
 
 def test_best_and_last(tmp_path, shapes_folder, monkeypatch, capsys):
     scores = iter([30.0, 50.0, 40.0, 50.0])
-    monkeypatch.setattr(common, "validate", lambda *args: {"top1": next(scores)})
-    flags = ["--epochs", "5", "--mim-weight", "0", "--knn-every", "1"]
+    monkeypatch.setattr(common, "knn_monitor", lambda *args: {})
+    monkeypatch.setattr(common, "accuracy", lambda *args: {"top1": next(scores)})
+    flags = ["--epochs", "5", "--mim-weight", "0"]
     for steps in ("8", "12", "16"):  # a resumed run knows what was best
-        train(tmp_path, shapes_folder, *flags, "--steps", steps)
+        train(METHOD, tmp_path, shapes_folder, *flags, "--steps", steps)
         if steps == "8":
             best = weights(tmp_path)
     assert "best validation top-1 50.0, at step 8" in capsys.readouterr().out
@@ -612,58 +591,6 @@ def test_best_and_last(tmp_path, shapes_folder, monkeypatch, capsys):
         assert torch.equal(state["cls_token"], model["encoder.cls_token"])
         assert torch.equal(state["head.bias"], model["head.bias"])
     assert not torch.equal(best["head.bias"], weights(tmp_path)["head.bias"])
-
-
-def test_stopped_and_resumed_equals_uninterrupted(tmp_path, shapes_folder, trained):
-    """In the tokenizer's training, too, and between the two."""
-    flags = ["--epochs", "3", "--mixup", "0.5"]
-    for more in (["--train-tokenizer", "--steps", "3"], ["--train-tokenizer"], ["--steps", "3"],
-                 ["--steps", "5"], []):  # fmt: skip
-        train(tmp_path, shapes_folder, *flags, *more)
-        started = (tmp_path / "checkpoint.pt").exists()
-        assert started == ("--train-tokenizer" not in more)
-        assert metrics(tmp_path / "tokenizer")[-1]["step"] == (3 if len(more) == 3 else 8)
-    for part in ("model", "tokenizer"):
-        a, b = weights(trained, part), weights(tmp_path, part)
-        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_two_processes_equal_one(tmp_path, shapes_folder, trained):
-    flags = ["--epochs", "2", "--tokenizer", trained / "tokenizer" / "tokenizer.pt"]
-    arguments = ["--data", shapes_folder, *TINY, *SMALL, *flags, "--out", tmp_path / "two"]
-    done = run_script(ROOT / "supervised_mim.py", *arguments, torchrun=2, OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
-    train(tmp_path / "one", shapes_folder, *flags, "--accumulate", "2")
-    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
-    for name in a:  # where a gradient is tiny, Adam shows the order of a sum
-        one, two = a[name], b[name]
-        if name.endswith("qkv.bias"):  # that of keys has none: softmax does not see it
-            one, two = (x.unflatten(0, (3, -1))[[0, 2]] for x in (one, two))
-        torch.testing.assert_close(two, one, atol=2e-4, rtol=0, msg=name)
-    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
-        for name in ("loss", "class_loss", "token_loss"):
-            assert two[name] == pytest.approx(one[name], rel=1e-3), name
-        assert two["val_top1"] == pytest.approx(one["val_top1"], abs=7)  # 2 of 32 images
-
-
-def test_files_and_workers_resume_bit_for_bit(tmp_path, monkeypatch):
-    """Decoded, cropped and RandAugmented by workers."""
-    for split, count in (("train", 48), ("val", 16)):
-        write_images(tmp_path / "data" / split, count, 24, seed=0)
-    monkeypatch.setattr(common, "RESIDENT_BYTES", 0)
-    flags = ["--epochs", "2", "--randaug", "15", "--mixup", "0.5"]
-    train(tmp_path / "whole", tmp_path / "data", *flags)
-    train(tmp_path / "parts", tmp_path / "data", *flags, "--steps", "2")
-    train(tmp_path / "parts", tmp_path / "data", *flags, "--workers", "2")
-    a, b = weights(tmp_path / "whole"), weights(tmp_path / "parts")
-    assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-@pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--precision", "fp16"]])
-def test_half_precision_trains(flags, tmp_path, shapes_folder, trained):
-    file = trained / "tokenizer" / "tokenizer.pt"
-    train(tmp_path, shapes_folder, "--epochs", "2", "--tokenizer", file, *flags)
-    assert metrics(tmp_path)[-1]["loss"] < 6
 
 
 def test_the_tokenizer_trains_in_half_precision():
@@ -690,40 +617,36 @@ def test_compiled_it_computes_the_same(monkeypatch):
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-3)
 
 
-def test_init_from_a_run_and_from_an_encoder(tmp_path, shapes_folder, trained, capsys):
-    flags = ["--steps", "1", "--lr", "1e-9", "--tokenizer", trained / "tokenizer" / "tokenizer.pt"]
-    for file, missing in (("checkpoint.pt", set()), ("classifier.pt", {"head", "decoder"})):
-        train(tmp_path / file, shapes_folder, *flags, "--init-from", trained / file)
-        started = weights(tmp_path / file)
-        for name, x in weights(trained).items():
-            if name.partition(".")[0] not in missing:
-                torch.testing.assert_close(started[name], x, atol=1e-6, rtol=0, msg=name)
-        assert ("has no decoder, head" in capsys.readouterr().err) == bool(missing)
+def test_init_from_a_classifier(tmp_path, shapes_folder, trained, tokenizer, capsys):
+    flags = ["--steps", "1", "--lr", "1e-9", "--tokenizer", tokenizer]
+    train(METHOD, tmp_path, shapes_folder, *flags, "--init-from", trained / "classifier.pt")
+    name = "encoder.blocks.0.attn.qkv.weight"
+    torch.testing.assert_close(weights(tmp_path)[name], weights(trained)[name], atol=1e-6, rtol=0)
+    assert "classifier.pt has no decoder, head" in capsys.readouterr().err
 
 
 def test_every_flag_reaches_its_part(tmp_path, shapes_folder, monkeypatch):
     flags = ["--mask-ratio", "0.7", "--mim-weight", "0.3", "--token-smoothing", "0.2",
              "--tokenizer-lr", "7e-4", "--tokenizer-epochs", "5", "--seed", "3",
              "--min-crop", "0.3", "--decoder-depth", "2", "--train-tokenizer"]  # fmt: skip
-    cfg = settings(tmp_path, shapes_folder, *flags)
-    model, tokenizer = supervised_mim.build(cfg, 7, 11), supervised_mim.build_tokenizer(cfg)
+    cfg = settings(METHOD, "--out", tmp_path, "--data", shapes_folder, *flags)
+    model, tokenizer = supervised_mim.build(cfg, 7), supervised_mim.build_tokenizer(cfg)
     assert (model.mask_ratio, model.mim_weight, model.smoothing) == (0.7, 0.3, 0.2)
-    assert (len(model.decoder.blocks), model.decoder.pred.out_features) == (2, 11)
+    assert (len(model.decoder.blocks), model.decoder.pred.out_features) == (2, 16)
     assert (model.head.out_features, model.target) == (7, "tokens")
     assert (tokenizer.codebook.shape, tokenizer.settings["width"]) == ((16, 8), 4)
     assert tokenizer.encoder[0].out_channels == 4 and tokenizer.decoder[0].out_channels == 16
-    pixels = supervised_mim.build(settings(tmp_path, shapes_folder, "--target", "pixels"), 7)
+    pixels = supervised_mim.build(settings(METHOD, "--target", "pixels"), 7)
     assert pixels.decoder.pred.out_features == 48 and pixels.target == "pixels"
     supervised_mim.main(cfg)
     used = json.loads((tmp_path / "tokenizer" / "config.json").read_text())
     assert (used["lr"], used["epochs"], used["seed"], used["min_crop"]) == (7e-4, 5, 3, 0.3)
     assert (used["batch_size"], used["clip_grad"], used["weight_decay"]) == (16, 1, 1e-4)
-    crops = []
-    monkeypatch.setattr(supervised_mim.Augment, "__init__", lambda _, *args: crops.append(args))
-    monkeypatch.setattr(supervised_mim.Augment, "__call__", lambda _, image: (image, image))
-    train(tmp_path / "run", shapes_folder, "--steps", "1", "--mim-weight", "0", "--randaug", "7",
-          "--min-crop", "0.3")  # fmt: skip
-    assert crops == [(16, 0.3, 7)]
+    made = []
+    monkeypatch.setattr(supervised_mim, "Augment", lambda *args: made.append(args) or args[0])
+    train(METHOD, tmp_path / "run", shapes_folder, "--steps", "1", "--mim-weight", "0",
+          "--randaug", "7", "--min-crop", "0.3")  # fmt: skip
+    assert made == [(common.RandomCrop(16, 0.3), 7)]
 
 
 def test_the_picture_shows_hidden_patches_predicted_and_others_as_they_are(monkeypatch):
@@ -742,7 +665,8 @@ def test_the_picture_shows_hidden_patches_predicted_and_others_as_they_are(monke
 
 
 def test_the_optimiser_is_the_recipe_s(tmp_path, shapes_folder):
-    train(tmp_path, shapes_folder, "--steps", "1", "--mim-weight", "0", "--weight-decay", "0.1")
+    flags = ["--steps", "1", "--mim-weight", "0", "--weight-decay", "0.1"]
+    train(METHOD, tmp_path, shapes_folder, *flags)
     matrices, vectors = weights(tmp_path, "optimizer")["param_groups"]
     assert matrices["betas"] == vectors["betas"] == (0.9, 0.999)
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0)
@@ -774,55 +698,7 @@ def test_the_stride_matches_the_patches(patch_size, stride):
     assert tokenizer.grid == (4, 4) and tokenizer.img_size == (4 * stride, 4 * stride)
 
 
-def test_real_images_learn(cifar_folder, tmp_path):
-    """Tokenizer and model, RandAugment and mixup included."""
-    flags = ["--preset", "cifar", "--data", str(cifar_folder), "--depth", "2", "--device", "cpu",
-             "--decoder-depth", "1", "--batch-size", "32", "--epochs", "2", "--steps", "50",
-             "--warmup-epochs", "0.25", "--workers", "0", "--tokenizer-epochs", "1",
-             "--tokenizer-width", "4", "--codebook-size", "64", "--knn-every", "0",
-             "--patch-size", "8", "--out", str(tmp_path)]  # fmt: skip
-    supervised_mim.main(common.parse(supervised_mim.Config, supervised_mim.PRESETS, flags))
-    (line,), (tokenizer,) = metrics(tmp_path), metrics(tmp_path / "tokenizer")
-    assert tokenizer["psnr"] > 14 and tokenizer["codes_used"] > 0.2  # after 125 steps
-    assert line["class_loss"] < math.log(10) and line["token_loss"] < math.log(64)
-
-
 # ------------------------------------------------------------------------------ mistakes
-
-
-@pytest.mark.parametrize("flags, message", [
-    (["--mim-weight", "-1"], "--mim-weight must be at least 0"),
-    (["--token-smoothing", "1.5"], "--token-smoothing must be at most 1"),
-    (["--randaug", "31"], "--randaug must be at most 30"),
-    (["--tokenizer", "absent.pt"], "--tokenizer absent.pt: no such file"),
-    (["--tokenizer", __file__, "--train-tokenizer"], "it takes no --tokenizer"),
-    (["--tokenizer", __file__], "is truncated or not a checkpoint"),
-    (["--codebook-size", "0"], "--codebook-size must be at least 1"),
-    (["--tokenizer-lr", "0"], "--tokenizer-lr must be above 0"),
-    (["--target", "colours"], "invalid choice: 'colours'"),
-    (["--preset", "imagenet"], "--data imagenet: no such folder"),
-    (["--decoder-depth", "0"], "--decoder-depth must be at least 1"),
-    # Found before a tokenizer is trained:
-    (["--batch-size", "10", "--accumulate", "3"], "is not divisible by 1 processes x --accumulate"),
-    (["--batch-size", "20001"], "is more than the 20000 images"),
-    (["--init-from", __file__], "is truncated or not a checkpoint"),
-    (["--batch-size", "4", "--accumulate", "4", "--mixup", "1"], "mixup takes 2 images"),
-])  # fmt: skip
-def test_mistakes_are_one_line_and_leave_nothing(flags, message, tmp_path, capsys):
-    assert message in mistake(capsys, "--out", tmp_path / "run", *flags)
-    assert not (tmp_path / "run").exists()
-
-
-def mistake(capsys, *arguments) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        arguments = [str(x) for x in arguments]
-        supervised_mim.main(
-            common.parse(supervised_mim.Config, supervised_mim.PRESETS, arguments)
-        )
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.count("\n") == 1, error
-    return error
 
 
 def test_labels_are_needed_but_not_by_the_tokenizer(tmp_path, capsys):
@@ -831,31 +707,32 @@ def test_labels_are_needed_but_not_by_the_tokenizer(tmp_path, capsys):
     write_images(tmp_path / "loose" / "train", 32, 16, seed=0)
     write_images(tmp_path / "loose" / "val", 8, 16, seed=0, labelled=False)
     for data in ("flat", "half", "loose"):
-        flags = [*TINY, *SMALL, "--data", tmp_path / data, "--out", tmp_path / "run"]
-        assert "has no labels, which this method needs" in mistake(capsys, *flags)
+        flags = [*FLAGS, "--data", tmp_path / data, "--out", tmp_path / "run"]
+        error = mistake(capsys, supervised_mim, *flags)
+        assert "has no labels, which this method needs" in error
         assert not (tmp_path / "run").exists()
-    train(tmp_path / "run", tmp_path / "flat", "--train-tokenizer")
+    train(METHOD, tmp_path / "run", tmp_path / "flat", "--train-tokenizer")
     assert (tmp_path / "run" / "tokenizer" / "tokenizer.pt").exists()
     assert not (tmp_path / "run" / "encoder.pt").exists()
 
 
 def test_a_tokenizer_of_another_grid_is_refused_with_sizes_that_fit(
-    tmp_path, shapes_folder, trained, capsys
+    tmp_path, shapes_folder, tokenizer, capsys
 ):
-    file = trained / "tokenizer" / "tokenizer.pt"  # 4 x 4
-    flags = [*TINY, *SMALL, "--data", shapes_folder, "--out", tmp_path / "run", "--tokenizer", file]
-    error = mistake(capsys, *flags, "--img-size", "32")
+    """The one at hand has a grid of 4 x 4."""
+    flags = [*FLAGS, "--data", shapes_folder, "--out", tmp_path / "run", "--tokenizer"]
+    error = mistake(capsys, supervised_mim, *flags, tokenizer, "--img-size", "32")
     assert "makes 4x4 tokens of an image" in error and "has 8x8 patches of 4" in error
     assert "--img-size 16 or --patch-size 8 would fit" in error
     other = tmp_path / "other.pt"
     torch.save({"model": {}}, other)
-    assert "holds no tokenizer" in mistake(capsys, *flags[:-1], other)
-    content = torch.load(file)
+    assert "holds no tokenizer" in mistake(capsys, supervised_mim, *flags, other)
+    content = torch.load(tokenizer)
     content["model"].pop("codebook")
     torch.save(content, other)
-    assert 'does not fit: ' in mistake(capsys, *flags[:-1], other)
+    assert "does not fit: " in mistake(capsys, supervised_mim, *flags, other)
     # Any size of its own serves if its grid is that of the patches.
-    train(tmp_path / "fits", shapes_folder, "--img-size", "32", "--patch-size", "8", "--steps", "1",
-          "--tokenizer", file, "--codebook-size", "50")  # fmt: skip
+    flags = ["--img-size", "32", "--patch-size", "8", "--codebook-size", "50", "--steps", "1"]
+    train(METHOD, tmp_path / "fits", shapes_folder, *flags, "--tokenizer", tokenizer)
     assert metrics(tmp_path / "fits")[0]["token_loss"] > 0
     assert len(weights(tmp_path / "fits")["decoder.pred.weight"]) == 16  # the file's codes
