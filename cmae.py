@@ -36,9 +36,10 @@ Equation -> code. Views 1 and 2 of an image, the same patches hidden in both; L 
     crop    : size as in RandomResizedCrop, its middle in the box: at the low side + Beta(a, a) of
               the way to the high side, and inside the image             sample_contrastive_crop
 In metrics.jsonl: loss is L; recon is L_rec, the sum over views; contrastive and contrastive_acc,
-the share of queries whose nearest key is their image's; position, position_acc, position_chance;
-box_area, the mean share of an image that its box covers, 1 before the first update (then at most
-((n - 1) / n)^2 for n pixels a side: boxes reach from pixel to pixel, not from edge to edge).
+the share of queries whose nearest key is their image's; position, position_acc, position_chance,
+one of the places that are not given away; box_area, the mean share of an image that its box covers,
+1 before the first update (then at most ((n - 1) / n)^2 for n pixels a side: boxes reach from pixel
+to pixel, not from edge to edge).
 
 Provenance
     component                                           source
@@ -64,6 +65,8 @@ Provenance
 
 Known deviations
     what                                                consequence
+    Peng et al.'s threshold 0.1 on a min-maxed map of   boxes are nearly whole images: the map of
+      attention, which has no background near 0         a ViT has no rectified features
     view 1's reconstruction and query come from the     they see half of the positions; keys see all
       pass whose positions are withheld
     all processes compute the heads and the contrast    BatchNorm and negatives are global; with

@@ -643,6 +643,8 @@ class TrainConfig:
         check_numbers(self, 1, "epochs", "steps", "batch_size", "accumulate")
         check_numbers(self, 0, "workers", "seed", "weight_decay", "warmup_epochs")
         check_numbers(self, 1e-30, "base_lr", "lr", "clip_grad")
+        if self.out and self.data and Path(self.out).resolve() == Path(self.data).resolve():
+            raise UserError(f"--out {self.out} is the data; choose a folder of its own")
         if not 0 < self.min_crop <= 1:
             raise UserError(f"--min-crop must be above 0 and at most 1, not {self.min_crop}")
 
@@ -742,7 +744,9 @@ def entry_point(main):
         try:
             main(cfg)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            text = str(error).strip().splitlines()[-1]  # of a loader's worker: a whole traceback
+            text = text.removeprefix("common.UserError: ")
+            print(f"error: {text}", file=sys.stderr, flush=True)
             sys.exit(2)
         except KeyboardInterrupt:
             print("interrupted; run the same command again to go on", file=sys.stderr, flush=True)
@@ -778,13 +782,14 @@ class Images:
     def read(self, index: int) -> tuple[Tensor, int]:
         """Image (3, H, W) uint8 and label. The next readable file stands in for an unreadable one,
         so that batches keep their size."""
-        while self.pixels is None:
-            if not self.unreadable[index]:
-                if (image := read_image(self.paths[index])) is not None:
-                    return image, int(self.labels[index])
-                self.unreadable[index] = True
-            index = (index + 1) % len(self)
-        return self.pixels[index], int(self.labels[index])
+        if self.pixels is not None:
+            return self.pixels[index], int(self.labels[index])
+        for i in (*range(index, len(self)), *range(index)):
+            if not self.unreadable[i]:
+                if (image := read_image(self.paths[i])) is not None:
+                    return image, int(self.labels[i])
+                self.unreadable[i] = True
+        raise UserError(f"none of the {len(self)} images can be read any more")
 
 
 def read_image(path: Path) -> Tensor | None:
@@ -1203,6 +1208,7 @@ def open_folder(run: Run) -> None:
     of the run, but not what a flag names. UserError if the checkpoint is of another run or damaged,
     or the folder not to be written to."""
     cfg, folder, images = run.cfg, run.folder, run.loader.images
+    named = {Path(x).resolve() for x in vars(cfg).values() if isinstance(x, str)}  # by a flag
     run.identity = dataclasses.asdict(cfg) | {  # what a run has in common with one it resumes
         "precision": run.precision, "images": len(images),
         "class names (checksum)": zlib.crc32("/".join(images.classes).encode()),
@@ -1215,11 +1221,11 @@ def open_folder(run: Run) -> None:
     if run.rank == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            files = set(folder.iterdir()) if run.found and cfg.restart else set()
-            files -= {folder / Path(x).name for x in vars(cfg).values() if isinstance(x, str)}
-            for path in files:
-                if path.suffix in (".pt", ".png", ".json", ".jsonl"):
-                    path.unlink()
+            patterns = ("*.pt", "*.json", "*.jsonl", "*_[0-9][0-9][0-9][0-9].png")
+            for pattern in patterns if run.found and cfg.restart else ():
+                for path in folder.glob(pattern):
+                    if path.resolve() not in named:
+                        path.unlink()
         except OSError as error:
             raise UserError(f"--out {folder}: {error}") from error
         write_text(folder / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2))
@@ -1293,7 +1299,7 @@ def not_finite(run: Run, means: dict[str, float]) -> UserError:
     last = f"last good checkpoint: {last} (--init-from it, with a new --out)" if last.exists() \
         else "no checkpoint yet"
     return UserError(
-        f"not finite in step {run.step}: {terms} (lr {run.lr:.3g}, {run.precision}); {last}; "
+        f"not finite by step {run.step}: {terms} (lr {run.lr:.3g}, {run.precision}); {last}; "
         "try a lower --lr, --clip-grad 1 or --precision fp32"
     )
 

@@ -69,6 +69,13 @@ Known deviations
     BatchNorm of "ls" and minibatch deviation of the    keep at least 4 images in a micro-batch
       others are of a process and micro-batch
     R1 is of D's input after augmentation               none while p is 0
+    R1 has the 1/2 and the factor 16 of a lazy term     8 times the authors' R1 at the same gamma,
+                                                        and far above Karras et al.'s rule, 0.0002
+                                                        side^2 / batch, in small images
+    lr and betas are not corrected for lazy terms       D and G see them a little stronger than in
+                                                        StyleGAN2
+    style weight 40 and gamma 10 at any width and size  made for width 512 at 224 px; "demo" and
+                                                        "cifar" are not balanced yet
     augmentation resamples bilinearly                   grid_sample has no second derivative
     path length is of the full-size image               smaller ones are not regularised
     warm-up is at most a fifth of --epochs              none in the published recipes
@@ -611,17 +618,6 @@ def random_colour(count: int, p: float) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------------------ training
 
 
-def mae_step(run: common.Run, micro_batches, model: nn.Module, optimizer, norm_pix: bool) -> None:
-    for imgs, _ in micro_batches:
-        with run.autocast():
-            pred, mask = model(imgs)
-            patches = common.patchify(imgs, run.cfg.patch_size)
-            loss = common.masked_mse(pred, patches, mask, norm_pix)
-        run.backward(loss)
-        run.log(loss=loss)
-    run.update(optimizer)
-
-
 def gan_step(run: common.Run, micro_batches, model: nn.Module, discriminator: nn.Module,
              adversary: Adversary, optimizer, d_optimizer) -> None:
     if run.step % max(1, round(run.cfg.refresh_epochs * run.loader.steps)) == 0:
@@ -695,10 +691,17 @@ def main(cfg: Config) -> None:
         decayed = cfg.lr_decay and run.peak_lr * cfg.lr_decay ** ((epoch - 1) // 30)
         for micro_batches in run.steps():
             run.set_lr(optimizer, lr=decayed)  # None: warm-up and cosine
-            if plain:
-                mae_step(run, micro_batches, ddp, optimizer, cfg.norm_pix)
-            else:
+            if not plain:
                 gan_step(run, micro_batches, ddp, ddp_d, adversary, optimizer, d_optimizer)
+                continue
+            for imgs, _ in micro_batches:
+                with run.autocast():
+                    pred, mask = ddp(imgs)
+                    target = common.patchify(imgs, cfg.patch_size)
+                    loss = common.masked_mse(pred, target, mask, cfg.norm_pix)
+                run.backward(loss)
+                run.log(loss=loss)
+            run.update(optimizer)
         run.end_epoch(model.encoder, picture, **({} if plain else adversary.results()))
     common.finish(run)
 

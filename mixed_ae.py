@@ -33,7 +33,8 @@ Equation -> code. G images in a group, L patches in an image, r = 1/G; image i o
 In metrics.jsonl: loss is L; recon and homo its terms, homo also where the switch leaves it out;
 topk_accuracy, in the last block the share of homologous patches among the K of largest q k', which
 are those attended to unless homologous attention is off: r by chance (a patch itself counts). The
-segment embedding may tell them as well as the content does.
+segment embedding alone can tell them: neither proves that content is recognised. cls stands for a
+whole mixture, so evaluate the patches, too: eval_linear.py RUN --pool mean.
 
 Provenance
     component                                           source

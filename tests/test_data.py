@@ -238,6 +238,25 @@ def test_a_broken_file_is_named_once_counted_and_replaced(tmp_path, capfd, monke
     assert images.unreadable.sum() == 2
 
 
+def test_a_stand_in_brings_its_own_label_and_there_must_be_one(tmp_path):
+    write_images(tmp_path, 1, 16, seed=0, labelled=False)
+    (tmp_path / "bad.png").write_text("no image")
+    paths = [tmp_path / "bad.png", tmp_path / "0000.png"]
+    images = common.Images(torch.tensor([5, 7]), [], paths=paths)
+    assert images.read(0)[1] == images.read(1)[1] == 7
+    paths[1].unlink()
+    with pytest.raises(UserError, match="none of the 2 images can be read any more"):
+        images.read(1)
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_crops_are_new_in_every_epoch(single):
+    images = common.load_images("shapes", "val", 32)
+    batches = common.Batches(images, common.RandomCrop(16, 0.2), single=single)
+    first, second, again = (batches[epoch, 0, [3, 4]][0] for epoch in (0, 1, 0))
+    assert torch.equal(first, again) and not torch.equal(first[0], second[0])
+
+
 def test_modes_of_images(tmp_path):
     ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     Image.fromarray(ramp).save(tmp_path / "deep.png")

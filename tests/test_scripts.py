@@ -202,13 +202,37 @@ def test_files_and_worker_processes_resume_bit_for_bit(
 
 
 def test_the_checkpoint_before_is_used_if_the_last_rename_was_cut_off(
-    whole, tmp_path, shapes_folder
+    whole, tmp_path, shapes_folder, capsys
 ):
     shutil.copytree(whole("mae"), tmp_path, dirs_exist_ok=True)
     (tmp_path / "checkpoint.pt").unlink()
     (tmp_path / "checkpoint.pt.tmp").write_bytes(b"half a checkpoint")
     train("mae", tmp_path, shapes_folder, *METHODS["mae"].whole)
+    assert "resumed after step" in capsys.readouterr().out
     assert_same_state(tmp_path, whole("mae"))
+
+
+def test_restart_spares_what_a_flag_names_and_nothing_of_the_same_name(
+    whole, tmp_path, shapes_folder, monkeypatch
+):
+    shutil.copytree(whole("mae"), tmp_path / "run")
+    flags = [shapes_folder, *METHODS["mae"].whole, "--restart", "--init-from"]
+    monkeypatch.setattr(common.Run, "epochs", lambda run: iter(()))  # killed before the first one
+    train("mae", tmp_path / "run", *flags, whole("mae") / "checkpoint.pt")
+    assert not list((tmp_path / "run").glob("checkpoint*"))
+    shutil.copytree(whole("mae"), tmp_path / "other")
+    train("mae", tmp_path / "other", *flags, tmp_path / "other" / "encoder.pt")
+    assert (tmp_path / "other" / "encoder.pt").exists()
+    assert not list((tmp_path / "other").glob("checkpoint*"))
+
+
+def test_an_overflow_of_fp16_leaves_the_step_out_and_logs_no_infinity():
+    run = common.Run(mae_perceptual.Config(out="unused", device="cpu", precision="fp16"))
+    model = torch.nn.Linear(2, 1)
+    optimizer, before = torch.optim.SGD(model.parameters(), lr=1.0), model.weight.detach().clone()
+    run.backward(1e38 * model(torch.ones(1, 2)).sum())
+    run.update(optimizer)
+    assert torch.equal(model.weight, before) and run.sums["grad_norm"][0] == 0
 
 
 def test_the_file_that_a_run_began_with_is_not_needed_to_resume(whole, tmp_path, shapes_folder):
@@ -325,8 +349,10 @@ def test_two_processes_equal_accumulation(
 ):
     flags = [shapes_folder, "--epochs", "2", *flags]
     flags += ["--tokenizer", tokenizer] if method == "supervised_mim" else []
-    assert in_processes(2, train, method, tmp_path / "two", *flags) == [0, 0]
-    train(method, tmp_path / "one", *flags, "--accumulate", "2")
+    # Two micro-batches in each process: in another order, or exchanged too early, they would show.
+    two = [*flags, "--accumulate", "2"]
+    assert in_processes(2, train, method, tmp_path / "two", *two) == [0, 0]
+    train(method, tmp_path / "one", *flags, "--accumulate", "4")
     assert_same_training(tmp_path / "one", tmp_path / "two", names, tolerance, rel)
     if method == "msg-ada":  # the signs of three steps since the last check of p, two path passes
         a, b = (weights(tmp_path / name, "adversary") for name in ("one", "two"))
@@ -389,6 +415,7 @@ MISTAKES = {
         (["--epochs", "three"], "invalid int value: 'three'"),
         (["--epochs", "0"], "--epochs must be at least 1"),
         (["--lr", "-1"], "--lr must be above 0"),
+        (["--data", "data", "--out", "data"], "--out data is the data"),
         (["--accumulate", "3"], "--batch-size 32 is not divisible by 1 processes x --accumulate 3"),
         (["--batch-size", "30000"], "--batch-size 30000 is more than the 20000 images"),
         (["--init-from", "absent.pt"], "absent.pt: no such file"),
@@ -521,7 +548,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, shapes_folder, capsys
     monkeypatch.setattr(common, "masked_mse", explode)
     flags = ["--out", tmp_path, "--data", shapes_folder, *TINY, *MAE, "--epochs", "3"]
     error = mistake(capsys, mae_perceptual, *flags)
-    assert "not finite in step 7: loss nan" in error
+    assert "not finite by step 7: loss nan" in error
     assert f"last good checkpoint: {tmp_path}" in error
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert state["step"] == 4 and all(x.isfinite().all() for x in state["model"].values())
