@@ -66,8 +66,8 @@ Provenance
 
 Known deviations
     what                                                consequence
-    Peng et al.'s threshold 0.1 on a min-maxed map of   boxes are nearly whole images: the map of
-      attention, which has no background near 0         a ViT has no rectified features
+    Peng et al.'s threshold 0.1 on a min-maxed map of   boxes are nearly whole images: see box_area
+      attention, which has no background near 0
     view 1's reconstruction and query come from the     they see half of the positions; keys see all
       pass whose positions are withheld
     all processes compute the heads and the contrast    BatchNorm and negatives are global; with

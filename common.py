@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import functools
 import inspect
+import itertools
 import json
 import math
 import os
@@ -784,7 +785,7 @@ class Images:
         so that batches keep their size."""
         if self.pixels is not None:
             return self.pixels[index], int(self.labels[index])
-        for i in (*range(index, len(self)), *range(index)):
+        for i in itertools.chain(range(index, len(self)), range(index)):
             if not self.unreadable[i]:
                 if (image := read_image(self.paths[i])) is not None:
                     return image, int(self.labels[i])

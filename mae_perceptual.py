@@ -73,8 +73,8 @@ Known deviations
     R1 has the 1/2 and the factor 16 of a lazy term     8 times the authors' R1 at the same gamma,
                                                         and far above Karras et al.'s rule, 0.0002
                                                         side^2 / batch, in small images
-    lr and betas are not corrected for lazy terms       D and G see them a little stronger than in
-                                                        StyleGAN2
+    lr and betas are not corrected for lazy terms       lr is 17/16 (D) and 5/4 (G) of what
+                                                        StyleGAN2's correction would leave
     style weight 40 and gamma 10 at any width and size  made for width 512 at 224 px; "demo" and
                                                         "cifar" are not balanced yet
     augmentation resamples bilinearly                   grid_sample has no second derivative
