@@ -827,23 +827,21 @@ def pretraining_images(cfg: Config, device) -> tuple[Images, Images | None]:
 
 
 def torchvision_images(name: str, split: str, data_dir, device) -> Images:
-    sets, train = torchvision.datasets, split != "val"
-    part = {"pretrain": "train+unlabeled", "train": "train", "val": "test"}[split]
-    make = {"cifar10": functools.partial(sets.CIFAR10, train=train),
-            "cifar100": functools.partial(sets.CIFAR100, train=train),
-            "stl10": functools.partial(sets.STL10, split=part)}[name]  # fmt: skip
+    part, stl10 = {"train": split != "val"}, name == "stl10"
+    if stl10:
+        parts = {"pretrain": "train+unlabeled", "train": "train", "val": "test"}
+        part = {"split": parts[split]}
     rank = dist.get_rank() if dist.is_initialized() else 0
     if rank > 0:
         dist.barrier()  # the first process downloads, then the others read
     try:
-        data = make(data_dir, download=True)
+        data = getattr(torchvision.datasets, name.upper())(data_dir, download=True, **part)
     except (OSError, RuntimeError) as error:
         raise UserError(f"could not download {name} to {data_dir}: {error}") from error
     if rank == 0 and dist.is_initialized():
         dist.barrier()
-    pixels = torch.from_numpy(data.data)
-    pixels = pixels if name == "stl10" else pixels.permute(0, 3, 1, 2)
-    labels = torch.as_tensor(data.labels if name == "stl10" else data.targets, dtype=torch.int64)
+    pixels = torch.from_numpy(data.data if stl10 else data.data.transpose(0, 3, 1, 2))
+    labels = torch.as_tensor(data.labels if stl10 else data.targets, dtype=torch.int64)
     return Images(labels, list(data.classes), pixels.contiguous().to(device))
 
 
@@ -1089,21 +1087,20 @@ def load_weights(path) -> tuple[dict[str, Tensor], dict]:
     our encoder.pt or checkpoint.pt, or the flat layout of timm and of the published MAE files, of
     which a classification head is ignored."""
     loaded = read_checkpoint(path)
-    weights = loaded.get("model", loaded)
-    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
-        raise UserError(f"{path} holds no weights")
-    if not any(name.startswith("encoder.") for name in weights):
-        weights = {our_name(k): x for k, x in weights.items() if not k.startswith("head.")}
-    patches, positions = (
-        weights.get(f"encoder.{name}") for name in ("patch_embed.proj.weight", "pos_embed")
-    )
-    if getattr(patches, "ndim", 0) != 4 or getattr(positions, "ndim", 0) != 3:
-        raise UserError(f"{path} holds no ViT: patch_embed or pos_embed is missing or misshapen")
+    try:
+        weights = {str(name): x for name, x in loaded.get("model", loaded).items()}
+        if not any(name.startswith("encoder.") for name in weights):
+            weights = {our_name(k): x for k, x in weights.items() if not k.startswith("head.")}
+        dim, in_chans, patch_size, _ = weights["encoder.patch_embed.proj.weight"].shape
+        _, tokens, _ = weights["encoder.pos_embed"].shape
+    except (KeyError, ValueError, AttributeError):
+        raise UserError(
+            f"{path} holds no ViT: patch_embed or pos_embed is missing or misshapen"
+        ) from None
     if isinstance(loaded.get("vit"), dict):
         return weights, loaded["vit"]
-    dim, in_chans, patch_size, _ = patches.shape
     heads = {size["embed_dim"]: size["num_heads"] for size in VIT_SIZES.values()}
-    side = math.isqrt(positions.shape[1] - 1)  # such files do not say: a square grid
+    side = math.isqrt(tokens - 1)  # such files do not say: a square grid
     return weights, dict(
         img_size=side * patch_size, patch_size=patch_size, in_chans=in_chans, embed_dim=dim,
         depth=len({name.split(".")[2] for name in weights if name.startswith("encoder.blocks.")}),
@@ -1310,10 +1307,6 @@ def finish(run: Run) -> None:
     images = run.loader.images
     if skipped := int(images.unreadable.sum()):
         run.print(f"skipped {skipped} unreadable of {len(images)} images; others stood in")
-    last = run.history[-1] if run.history else {}
-    for key, name in (("knn", "kNN top-1"), ("retrieval_1nn", "1-NN retrieval")):
-        if key in last:
-            run.print(f"{name} {last[key]:.1f}")
     run.print(f"pictures, logs and encoder.pt are in {run.folder}")
     if run.val is not None:
         run.print(f"next: python eval_linear.py {run.folder} --baseline")

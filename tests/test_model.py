@@ -325,7 +325,7 @@ def test_files_that_are_no_checkpoints(tmp_path):
     (tmp_path / "truncated.pt").write_bytes(whole[: len(whole) // 2])
     for name, message in (
         ("tensor", "holds a Tensor"), ("head", "holds no ViT"), ("text", "not a checkpoint"),
-        ("keys", "holds no weights"), ("odd", "holds no ViT"), ("shape", "does not describe a ViT"),
+        ("keys", "holds no ViT"), ("odd", "holds no ViT"), ("shape", "does not describe a ViT"),
         ("truncated", "truncated"), ("absent", "no such file"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
