@@ -6,7 +6,6 @@
     python tests/bench.py --methods mae mixed_ae naive-mixing
     python tests/bench.py --methods mae cmae cmae-one-view       # with and without contrast
     python tests/bench.py --methods supervised mim-tokens mim-pixels
-    python tests/bench.py --methods supervised-inference mim-inference
     python tests/bench.py --decode FOLDER                        # images/s that a core prepares
 
 Forward, losses, backward and optimisers, on random images, all methods in turn, beside the first
@@ -53,8 +52,6 @@ METHODS = {  # name -> script, the settings that make it
     "supervised": (supervised_mim, dict(mim_weight=0)),
     "mim-tokens": (supervised_mim, {}),
     "mim-pixels": (supervised_mim, dict(target="pixels")),
-    "supervised-inference": (supervised_mim, dict(mim_weight=0)),
-    "mim-inference": (supervised_mim, {}),
 }
 ADVERSARIAL = {"ls", "msg", "msg-ada"}
 
@@ -64,7 +61,7 @@ def autocast(device: torch.device):
 
 
 def make_step(name: str, preset: str, batch: int, device: torch.device):
-    """A function without arguments: one training step of the method, or one inference."""
+    """A function without arguments: one training step of the method."""
     script, settings = METHODS[name]
     preset = preset if preset in script.PRESETS else "tiny-imagenet"  # CMAE's largest
     cfg = script.Config(**script.PRESETS[preset] | settings)
@@ -102,12 +99,7 @@ def make_step(name: str, preset: str, batch: int, device: torch.device):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    @torch.no_grad()
-    def inference() -> None:
-        with autocast(device):
-            model.classify(imgs)
-
-    return inference if name.endswith("inference") else step
+    return step
 
 
 def timm_block(ours: common.Block) -> nn.Module:
