@@ -3,80 +3,76 @@
 Mao, Yin, Chang, Zhou. Improvements to Self-Supervised Representation Learning for Masked Image
 Modeling. arXiv 2205.10546, 2022. (Not "Contrastive Masked Autoencoders", arXiv 2207.13532, which
 has the same acronym.) It adds to MAE (He et al., CVPR 2022, arXiv 2111.06377): a decoder so small
-that the encoder has to do the work; contrastive learning between two views and prediction of the
-positions of tokens, both at the encoder's output; ContrastiveCrop, so that both views have the
-object in them.
+that the encoder has to do the work; contrast of two views and prediction of tokens' positions, both
+at the encoder's output; ContrastiveCrop, so that both views have the object in them.
 
     python cmae.py                                              # built-in images
     python cmae.py --crop random --contrastive-weight 0 --position-weight 0 --decoder-depth 4 \\
         --out runs/cmae-off                                     # all of it off: MAE
     python cmae.py --preset cifar                               # CIFAR-10, downloaded
     python cmae.py --preset tiny-imagenet --data tiny-imagenet-200              # one GPU
-    python cmae.py --preset tiny-imagenet-64 --data tiny-imagenet-200           # a smaller one
     torchrun --nproc-per-node 8 cmae.py --preset tiny-imagenet --data tiny-imagenet-200
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
         cmae.py --preset tiny-imagenet --data tiny-imagenet-200
     python eval_linear.py runs/cmae-demo --baseline             # then: is the encoder any good?
 
-The first takes 2.6 minutes on two cores of a 2.5 GHz Xeon; its linear probe, of three seeds on one
-core of an AMD EPYC, gives 58.5, 60.8 and 60.9 % (untrained, one seed: 40.8).
-For CIFAR-10 see the README. On a GPU: not yet measured.
+The first takes TODO-MEASURE minutes on two cores of a 2.5 GHz Xeon; linear probe TODO-MEASURE %
+(untrained TODO-MEASURE). On a GPU: not yet measured.
 
 Equation -> code. Views 1 and 2 of an image, the same patches hidden in both; L patches, tau 0.2.
     L_rec   = MAE's loss of view 1 + MAE's loss of view 2                        CMAE.forward
     q_v     = predictor(projector(cls of view v))                                CMAE.forward
-    k_v     = the same without predictor, weights m w_m + (1 - m) w              CMAE.keys
+    k_v     = the same without predictor, weights w' = m w' + (1 - m) w          momentum_step
+    m       = 1 - (1 - 0.99) (1 + cos(pi step / steps)) / 2                      momentum_at
     nce     = 2 tau CE(cos(q, k') / tau), over the k' of all images              info_nce
     L_con   = nce(q_1, k_2) + nce(q_2, k_1)                                      CMAE.forward
-    m       = 1 - (1 - 0.99) (1 + cos(pi step / steps)) / 2                      momentum_at
     L_pos   = CE over L classes: which patch is this token? Asked of the random
               half of view 1's tokens that are not told their position           position_loss
     L       = L_rec + 0.1 L_con + 0.1 L_pos                                      CMAE.forward
-    box     : attention of cls to the patches (last block, mean over heads) in 0..1, enlarged to the
-              image; first and last row and column that exceed 0.1               boxes_from_heatmaps
-    crop    : size as in RandomResizedCrop, its middle in the box: at the low side + Beta(a, a) of
-              the way to the high side, and inside the image             sample_contrastive_crop
+    heat    = max(0, d - mean(d) - std(d)), d: distance of each patch's token
+              from the mean of its image's                                       saliency
+    box     : the rows and columns where the heat exceeds 0.1 of its maximum     boxes_from_heatmaps
+    crop    : RandomResizedCrop's, but with its middle in the box          sample_contrastive_crop
 In metrics.jsonl: loss is L; recon is L_rec, the sum over views; contrastive and contrastive_acc,
-the share of queries whose nearest key is their image's; position, position_acc, position_chance,
-one of the places that are not given away; box_area, the mean share of an image that its box covers,
-1 before the first update (then at most ((n - 1) / n)^2 for n pixels a side: boxes reach from pixel
-to pixel, not from edge to edge).
+the share of queries whose nearest key is their image's; position and position_acc (by chance, one
+of the places that are not given); in epochs with new boxes box_area, the mean share of an image
+that its box covers, and box_area_shuffled, the same after the cells of all maps are permuted: if
+they are equal, the heat is scattered and not in one place.
 
 Provenance
     component                                           source
-    smaller decoder, contrastive learning, position     paper
-      prediction, ContrastiveCrop
-    contrast at the encoder's output                    inferred from the abstract
+    the three changes to MAE                            paper
+    contrast at the encoder's output                    inferred from its abstract
     decoder 128 x 1; colours of view 2; one mask for    authors' later code: SDMAE, 2212.05677
       both views, both reconstructed; momentum network,
       weight 0.1, frozen random patch embedding;
-      position head, its target, --position-loss mse;
-      recipe of "tiny-imagenet"
+      position head, --position-loss mse; "tiny-imagenet"
     projector, predictor, contrastive loss, momentum    MoCo v3
-    boxes, their schedule, crops                        Peng et al. 2022
+    boxes_from_heatmaps, schedule of boxes, crops       Peng et al. 2022
     architecture, masking, loss, initialisation         MAE's paper and code
-    positions predicted where they are withheld         our choice: --position-input given, as in
-                                                        SDMAE, has the answer in its input
-    cross-entropy with weight 0.1 (mse: 1)              our choice
-    attention of cls as heatmap                         our choice: theirs, a sum over channels, is
-                                                        constant after a LayerNorm
-    flips of both views; 4 decoder heads                our choice
-    without contrast one view, patch embedding trained  our choice: then it is MAE
-    presets "demo", "cifar", "tiny-imagenet-64"         our choice
+    heat                                                our choice: theirs, a sum over channels, is
+                                                        constant after a LayerNorm; what cls attends
+                                                        to is often the background
+    positions asked where they are withheld             our choice: SDMAE's --position-input given
+                                                        has the answer in its input
+    cross-entropy with weight 0.1 (mse: 1); flips of    our choice
+      both views; 4 decoder heads; without contrast
+      one view, patch embedding trained; other presets
 
 Known deviations
     what                                                consequence
-    Peng et al.'s threshold 0.1 on a min-maxed map of   boxes are nearly whole images: see box_area
-      attention, which has no background near 0
+    normalised patches as in MAE; SDMAE: raw pixels     flat patches count as much as others
+    positions asked of view 1; SDMAE: of both views     view 2 trains no position
+    GELU in the position head; SDMAE: no activation     its two linear layers are not one
+    MoCo v3's momentum network, m and tau; SDMAE: copy  keys lag behind in the encoder, too; the
+      of the heads only, m 0.999, tau 1                   contrast is sharper
     view 1's reconstruction and query come from the     they see half of the positions; keys see all
       pass whose positions are withheld
     all processes compute the heads and the contrast    BatchNorm and negatives are global; with
-      of all images                                     --accumulate they are a micro-batch's
+      of all images                                       --accumulate they are a micro-batch's
 """
 
 import copy
-import functools
-import itertools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -138,10 +134,6 @@ PRESETS = {
         contrastive_weight=0.1, tau=0.2, momentum=0.99, head_hidden=4096, head_dim=256,
         epochs=300, batch_size=64, base_lr=1e-3, warmup_epochs=40, weight_decay=0.05, workers=10,
     ),
-    "tiny-imagenet-64": dict(  # ours: the images as they are, a third of the tokens
-        data="tiny-imagenet-200", img_size=64, patch_size=8, size="base",
-        epochs=300, batch_size=256, base_lr=1e-3, warmup_epochs=40,
-    ),
 }  # fmt: skip
 
 # ------------------------------------------------------------------------------ losses
@@ -179,14 +171,15 @@ def position_loss(logits: Tensor, positions: Tensor, kind: str) -> Tensor:
     return F.mse_loss(logits.float(), F.one_hot(positions, logits.shape[2]).float())
 
 
-def mlp(widths: list[int]) -> nn.Sequential:
-    """MoCo v3's head: linear layers without bias, BatchNorm and ReLU between, BatchNorm without
-    affine at the end."""
+def mlp(width: int, hidden: int, out: int, depth: int) -> nn.Sequential:
+    """MoCo v3's head: `depth` linear layers without bias, BatchNorm and ReLU between, BatchNorm
+    without affine at the end."""
     layers = []
-    for before, after in itertools.pairwise(widths[:-1]):
-        layers += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after), nn.ReLU()]
-    last = nn.Linear(widths[-2], widths[-1], bias=False)
-    return nn.Sequential(*layers, last, nn.BatchNorm1d(widths[-1], affine=False))
+    for _ in range(depth - 1):
+        layers += [nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU()]
+        width = hidden
+    last = nn.Linear(width, out, bias=False)
+    return nn.Sequential(*layers, last, nn.BatchNorm1d(out, affine=False))
 
 
 class CMAE(nn.Module):
@@ -206,11 +199,10 @@ class CMAE(nn.Module):
         dim, num_patches = encoder.embed_dim, encoder.num_patches
         keep = int(num_patches * (1 - mask_ratio))
         self.asked = max(1, keep // 2) if self.withhold else keep  # tokens, for their position
-        self.position_chance = 1 / (num_patches - (keep - self.asked))  # one of those not given
         if contrastive_weight:
             encoder.patch_embed.requires_grad_(False)  # random, for stability (MoCo v3)
-            self.projector = mlp([dim, head_hidden, head_hidden, head_dim])
-            self.predictor = mlp([head_dim, head_hidden, head_dim])
+            self.projector = mlp(dim, head_hidden, head_dim, depth=3)
+            self.predictor = mlp(head_dim, head_hidden, head_dim, depth=2)
             self.momentum_encoder = copy.deepcopy(encoder).requires_grad_(False)
             self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
         if position_weight:
@@ -218,44 +210,31 @@ class CMAE(nn.Module):
                 nn.Linear(dim, dim // 2), nn.GELU(), nn.Linear(dim // 2, num_patches)
             )
 
-    def embed(self, imgs: Tensor, visible: Tensor, withheld: Tensor) -> Tensor:
-        """imgs (V*B, C, H, W) of V views, visible (V*B, n) -> tokens (V*B, 1+n, D) at the encoder's
-        input; those of view 1 at `withheld` (B, n'), its first places, are without position."""
-        x = self.encoder.embed(imgs, visible)
-        count, number = withheld.shape
-        patches = common.patchify(imgs[:count], self.encoder.patch_size)
-        bare = self.encoder.patch_embed(common.take_tokens(patches, withheld))
-        view1 = torch.cat([x[:count, :1], bare, x[:count, 1 + number :]], dim=1)
-        return torch.cat([view1, x[count:]])
-
     @torch.no_grad()
-    def keys(self, imgs: Tensor, visible: Tensor, momentum: float | None) -> list[Tensor]:
-        """imgs (2B, C, H, W), visible (2B, n) -> keys of both views, each (B of all processes, d);
-        first the momentum encoder and projector approach the others, unless `momentum` is None."""
+    def momentum_step(self, momentum: float) -> None:
+        """The momentum encoder and projector approach the others."""
         pairs = (self.momentum_encoder, self.encoder), (self.momentum_projector, self.projector)
-        for slow, fast in pairs if momentum is not None else ():
-            for a, b in zip(slow.parameters(), fast.parameters(), strict=True):
-                a.lerp_(b, 1 - momentum)
-        cls = self.momentum_encoder(imgs, visible)[:, 0]
-        return [self.momentum_projector(gather_with_gradient(x)) for x in cls.chunk(2)]
+        for slow, fast in pairs:
+            torch._foreach_lerp_([*slow.parameters()], [*fast.parameters()], 1 - momentum)
 
     def forward(self, view1: Tensor, view2: Tensor | None = None, momentum: float | None = None):
-        """Views (B, C, H, W), the second one with contrast only; `momentum` of the momentum encoder
-        before this pass, None leaves it as it is. -> the loss, and stats without gradient: recon;
-        with contrast contrastive, contrastive_acc; with prediction position, position_acc."""
+        """Views (B, C, H, W), the second one with contrast only -> the loss, and stats without
+        gradient: recon; with contrast contrastive, contrastive_acc; with prediction position,
+        position_acc. With `momentum`, momentum_step first: not when compiled, as a number that
+        changes would be compiled anew."""
+        if momentum is not None:
+            self.momentum_step(momentum)
         if (view2 is None) == (self.contrastive_weight > 0):
             raise common.UserError("contrast takes two views; without it there is one")
-        imgs = view1 if view2 is None else torch.cat([view1, view2])
-        views, vit = len(imgs) // len(view1), self.encoder
-        visible, mask = common.random_masking(
-            len(view1), vit.num_patches, self.mask_ratio, imgs.device
-        )
+        imgs, count = view1 if view2 is None else torch.cat([view1, view2]), len(view1)
+        views, vit = len(imgs) // count, self.encoder
+        visible, mask = common.random_masking(count, vit.num_patches, self.mask_ratio, imgs.device)
         asked = visible[:, : self.asked]  # in random order: the first half is a random half
         all_visible = visible.repeat(views, 1)
-        if self.position_weight and self.withhold:
-            x = self.embed(imgs, all_visible, asked)
-        else:
-            x = vit.embed(imgs, all_visible)
+        x = vit.embed(imgs, all_visible)
+        if self.position_weight and self.withhold:  # once more, without position
+            patches = common.take_tokens(common.patchify(view1, vit.patch_size), asked)
+            x[:count, 1 : 1 + self.asked] = vit.patch_embed(patches)
         for block in vit.blocks:
             x = block(x)
         tokens = vit.norm(x)
@@ -264,7 +243,9 @@ class CMAE(nn.Module):
         loss = views * common.masked_mse(pred, target, mask.repeat(views, 1))
         stats = dict(recon=loss)
         if self.contrastive_weight:
-            k1, k2 = self.keys(imgs, all_visible, momentum)
+            with torch.no_grad():
+                slow = self.momentum_encoder(imgs, all_visible)[:, 0].chunk(2)
+                k1, k2 = (self.momentum_projector(gather_with_gradient(x)) for x in slow)
             cls = (gather_with_gradient(x) for x in tokens[:, 0].chunk(2))
             q1, q2 = (self.predictor(self.projector(x)) for x in cls)
             contrastive = info_nce(q1, k2, self.tau) + info_nce(q2, k1, self.tau)
@@ -272,7 +253,7 @@ class CMAE(nn.Module):
             hits = nearest(q1, k2) + nearest(q2, k1)
             stats |= dict(contrastive=contrastive, contrastive_acc=hits / 2)
         if self.position_weight:
-            logits = self.position_head(tokens[: len(view1), 1 : 1 + self.asked])
+            logits = self.position_head(tokens[:count, 1 : 1 + self.asked])
             position = position_loss(logits, asked, self.position_kind)
             loss = loss + self.position_weight * position
             hits = (logits.argmax(dim=2) == asked).float().mean()
@@ -294,16 +275,14 @@ def momentum_at(step: int, total: int, start: float) -> float:
 # ------------------------------------------------------------------------------ ContrastiveCrop
 
 
-def attention_maps(encoder: common.ViT, imgs: Tensor) -> Tensor:
-    """imgs (B, C, H, W) -> (B, h, w): the last block's attention of cls to each patch, mean over
-    heads."""
-    x = encoder.embed(imgs)
-    for block in encoder.blocks[:-1]:
-        x = block(x)
-    last = encoder.blocks[-1]
-    q, k, _ = last.attn.heads(last.norm1(x))
-    logits = (q[:, :, :1] @ k.transpose(2, 3)).float() / math.sqrt(q.shape[3])
-    return logits.softmax(dim=3)[:, :, 0, 1:].mean(dim=1).unflatten(1, encoder.grid)
+def saliency(encoder: common.ViT, imgs: Tensor) -> Tensor:
+    """imgs (B, C, H, W) -> heatmaps (B, h, w): how far each patch's token lies from the mean of its
+    image's, less the mean + std of these distances, and not below 0. So the patches that most of
+    the image is like are 0: the background that Peng et al.'s rule takes for granted."""
+    tokens = encoder(imgs)[:, 1:].float()
+    distance = (tokens - tokens.mean(dim=1, keepdim=True)).norm(dim=2)
+    std, mean = torch.std_mean(distance, dim=1, keepdim=True)
+    return (distance - mean - std).relu().unflatten(1, encoder.grid)
 
 
 def stretched(heatmaps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -314,16 +293,16 @@ def stretched(heatmaps: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def boxes_from_heatmaps(heatmaps: Tensor, size: tuple[int, int], threshold=0.1) -> Tensor:
-    """heatmaps (B, h, w) -> boxes (B, 4) as shares of the image's height and width: h_min, w_min,
-    h_max, w_max, the first and last row and column that exceed the threshold, once the map is
-    scaled to 0..1 and enlarged to `size` (H, W). The whole image if the map is constant."""
+    """Peng et al.'s rule: heatmaps (B, h, w) -> boxes (B, 4) as shares of the image's height and
+    width: h_min, w_min, h_max, w_max, the first and last row and column that exceed the threshold,
+    once the map is scaled to 0..1 and enlarged to `size` (H, W). The whole image if the map is
+    constant."""
     hot = stretched(heatmaps, size) > threshold
-    sides = []
-    for line, length in ((hot.any(dim=2), size[0]), (hot.any(dim=1), size[1])):
-        last = length - 1 - line.flip(1).int().argmax(dim=1)
-        sides.append((line.int().argmax(dim=1) / length, last / length))
-    (top, bottom), (left, right) = sides
-    return torch.stack([top, left, bottom, right], dim=1)
+    spans = []
+    for line in (hot.any(dim=2).int(), hot.any(dim=1).int()):
+        first, last = line.argmax(dim=1), line.shape[1] - 1 - line.flip(1).argmax(dim=1)
+        spans.append(torch.stack([first, last], dim=1) / line.shape[1])
+    return torch.stack(spans, dim=2).flatten(1)
 
 
 def sample_contrastive_crop(height: int, width: int, box: Tensor, scale=(0.2, 1.0),
@@ -343,73 +322,70 @@ def sample_contrastive_crop(height: int, width: int, box: Tensor, scale=(0.2, 1.
     return torch.stack([*corners, h, w], dim=1).view(box.shape)
 
 
-class ContrastiveCrop:
+class ContrastiveCrop(nn.Module):
     """Makes `views` crops of each image of a training set, flipped or not, by the image's box;
     random resized crops before the first `update`. The boxes (N, 4) are in shared memory, where
     workers of a loader see the update."""
 
     def __init__(self, count: int, size: int, min_crop: float, alpha: float, views: int):
+        super().__init__()
         self.size, self.scale, self.alpha, self.views = size, (min_crop, 1.0), alpha, views
-        self.boxes = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(count, 1).share_memory_()
-        self.known = torch.zeros((), dtype=torch.bool).share_memory_()
+        self.register_buffer("boxes", torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(count, 1))
+        self.register_buffer("known", torch.zeros((), dtype=torch.bool))
+        self.share_memory()
 
-    def __call__(self, imgs: Tensor, index: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.crop(imgs, index) for _ in range(self.views))
+    def forward(self, imgs: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        """imgs (b, 3, H, W), those of numbers index (b,) -> views, each (b, 3, size, size)."""
+        shape, views = imgs.shape[2:], []
+        for _ in range(self.views):
+            if self.known:
+                boxes = self.boxes[index]
+                crops = sample_contrastive_crop(*shape, boxes, self.scale, alpha=self.alpha)
+            else:
+                crops = common.sample_crops(len(index), *shape, self.scale)
+            flip = torch.rand(len(index)) < 0.5
+            views.append(common.crop_resize(imgs, crops, self.size, flip))
+        return tuple(views)
 
-    def crop(self, imgs: Tensor, index: Tensor) -> Tensor:
-        """imgs (b, 3, H, W), those of numbers index (b,) -> (b, 3, size, size)."""
-        height, width = imgs.shape[2:]
-        if self.known:
-            boxes = self.boxes[index]
-            crops = sample_contrastive_crop(height, width, boxes, self.scale, alpha=self.alpha)
-        else:
-            crops = common.sample_crops(len(index), height, width, self.scale)
-        return common.crop_resize(imgs, crops, self.size, flip=torch.rand(len(index)) < 0.5)
+    def whole(self, imgs: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        """A view without crop."""
+        size = [self.size, self.size]
+        return (v2.functional.resize(imgs, size, interpolation=common.BICUBIC),)
 
-    def update(self, run: common.Run, encoder: common.ViT, images: common.Images) -> None:
-        """New boxes from the encoder's attention to whole images, and a picture of some."""
-        size, whole = (self.size, self.size), functools.partial(whole_image, size=self.size)
+    def update(self, run: common.Run, encoder: common.ViT, images: common.Images) -> dict:
+        """New boxes from the encoder's tokens of whole images, and a picture of some. Returns their
+        mean area, and that of boxes of the same maps with their cells permuted."""
+        size = (self.size, self.size)
+        order = torch.randperm(encoder.num_patches, generator=common.seeded("shuffle"))
 
-        def find(imgs: Tensor) -> Tensor:
-            return boxes_from_heatmaps(attention_maps(encoder, imgs), size)
+        def find(imgs: Tensor) -> Tensor:  # (B, 2, 4): the boxes, and those of the shuffled maps
+            heat = saliency(encoder, imgs)
+            shuffled = heat.flatten(1)[:, order].view_as(heat)
+            return torch.stack([boxes_from_heatmaps(x, size) for x in (heat, shuffled)], dim=1)
 
-        boxes, _ = common.outputs(run, encoder, find, images, self.size, view=whole)
-        self.boxes.copy_(boxes)
+        found, _ = common.outputs(run, encoder, find, images, self.size, view=self.whole)
+        self.boxes.copy_(found[:, 0])
         self.known.fill_(True)
         if run.rank == 0:
-            imgs = common.example_images(images, self.size, run.device, view=whole)
+            imgs = common.example_images(images, self.size, run.device, view=self.whole)
             boxes = self.boxes[common.evenly_spaced(len(images), len(imgs))]
-            rows = draw_boxes(encoder, imgs, boxes)
-            common.save_grid(run.folder / f"boxes_{run.epoch:04d}.png", rows)
-
-    def mean_area(self) -> float:
-        return (self.boxes[:, 2:] - self.boxes[:, :2]).prod(dim=1).mean().item()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"boxes": self.boxes, "known": self.known}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.boxes.copy_(state["boxes"])
-        self.known.copy_(state["known"])
+            path = run.folder / f"boxes_{run.epoch:04d}.png"
+            common.save_grid(path, draw_boxes(encoder, imgs, boxes))
+        area, shuffled = (found[:, :, 2:] - found[:, :, :2]).prod(dim=2).mean(dim=0).tolist()
+        return dict(box_area=area, box_area_shuffled=shuffled)
 
 
 @torch.no_grad()
 def draw_boxes(encoder: common.ViT, imgs: Tensor, boxes: Tensor) -> dict[str, Tensor]:
-    """Whole images (N, 3, H, W) and their boxes (N, 4), shares of the image -> rows of a picture,
-    label -> (N, 3, H, W) normalised images: the boxes, and the attention that gave them."""
+    """Whole images (N, 3, H, W) and their boxes (N, 4) -> rows of a picture, label -> (N, 3, H, W)
+    normalised images: the boxes, and the heatmaps that gave them."""
     height, width = imgs.shape[2:]
     corners = boxes.cpu()[:, None, [1, 0, 3, 2]] * torch.tensor([width, height, width, height])
-    pixels = (255 * common.denormalize(imgs)).to(torch.uint8)
-    pairs = zip(pixels, corners, strict=True)
-    outlined = [draw_bounding_boxes(img, box, colors="red") for img, box in pairs]
-    heat = stretched(attention_maps(encoder, imgs), (height, width))[:, None].expand_as(imgs)
-    rows = {"input and box": torch.stack(outlined), "attention of cls, 0 to 1": 255 * heat}
+    pairs = zip((255 * common.denormalize(imgs)).to(torch.uint8), corners, strict=True)
+    outlined = torch.stack([draw_bounding_boxes(img, box, colors="red") for img, box in pairs])
+    heat = 255 * stretched(saliency(encoder, imgs), (height, width))[:, None].expand_as(imgs)
+    rows = {"input and box": outlined, "unlike the mean of the image": heat}
     return {label: common.normalize(row) for label, row in rows.items()}
-
-
-def whole_image(imgs: Tensor, index: Tensor, size: int) -> tuple[Tensor, ...]:
-    """A view without crop: height and width to `size`."""
-    return (v2.functional.resize(imgs, [size, size], interpolation=common.BICUBIC),)
 
 
 # ------------------------------------------------------------------------------ training
@@ -422,13 +398,6 @@ COLOURS = v2.Compose([
 def change_colours(imgs: Tensor) -> Tensor:
     """Normalised images (B, 3, H, W), each changed in its own way."""
     return common.normalize(255 * torch.stack([COLOURS(img) for img in common.denormalize(imgs)]))
-
-
-def update_is_due(run: common.Run) -> bool:
-    """At the start of an epoch, every fifth of the epochs: but not the first, and not where a run
-    is resumed in mid-epoch, which has its boxes already."""
-    every = max(1, round(0.2 * run.cfg.epochs))
-    return run.step % run.loader.steps == 0 and run.epoch > 1 and (run.epoch - 1) % every == 0
 
 
 @torch.no_grad()
@@ -444,10 +413,8 @@ def build(cfg: Config) -> CMAE:
     encoder = cfg.vit()
     decoder = common.Decoder(encoder, cfg.decoder_dim, cfg.decoder_depth, cfg.decoder_heads)
     return CMAE(
-        encoder, decoder, cfg.mask_ratio, contrastive_weight=cfg.contrastive_weight,
-        position_weight=cfg.position_weight, position_kind=cfg.position_loss,
-        position_input=cfg.position_input, tau=cfg.tau, head_hidden=cfg.head_hidden,
-        head_dim=cfg.head_dim,
+        encoder, decoder, cfg.mask_ratio, cfg.contrastive_weight, cfg.position_weight,
+        cfg.position_loss, cfg.position_input, cfg.tau, cfg.head_hidden, cfg.head_dim,
     )  # fmt: skip
 
 
@@ -459,8 +426,7 @@ def main(cfg: Config) -> None:
     if contrast and cfg.batch_size // cfg.accumulate < 2:
         raise common.UserError("contrast takes 2 images in a micro-batch: a larger --batch-size")
     if cfg.init_from and not run.resumes:
-        missing = common.init_from(cfg.init_from, model)
-        if "momentum_encoder" in missing:
+        if "momentum_encoder" in common.init_from(cfg.init_from, model):
             model.momentum_encoder.load_state_dict(model.encoder.state_dict())
     optimizer = common.adamw(model, cfg.weight_decay)
 
@@ -470,24 +436,23 @@ def main(cfg: Config) -> None:
     examples = common.example_images(val or train, cfg.img_size, run.device)
     run.start(loader, val, model=model, optimizer=optimizer, crops=crops)
     ddp = run.wrap(model)
-    for _ in run.epochs():
-        if cfg.crop == "contrastive" and update_is_due(run):
-            crops.update(run, model.encoder, train)
+    fifth = max(1, round(0.2 * cfg.epochs))
+    for epoch in run.epochs():
+        areas, resumed = {}, run.step % loader.steps > 0  # in mid-epoch, and so with its boxes
+        if cfg.crop == "contrastive" and epoch > 1 and (epoch - 1) % fifth == 0 and not resumed:
+            areas = crops.update(run, model.encoder, train)
         for micro_batches in run.steps():
             run.set_lr(optimizer)
-            momentum = momentum_at(run.step, run.total, cfg.momentum)
+            if contrast:
+                model.momentum_step(momentum_at(run.step, run.total, cfg.momentum))
             for view1, *view2, _ in micro_batches:
                 with run.autocast():
                     view2 = [change_colours(x) for x in view2]
-                    loss, stats = ddp(view1, *view2, momentum=momentum)
+                    loss, stats = ddp(view1, *view2)
                 run.backward(loss)
                 run.log(loss=loss, **stats)
-                momentum = None  # it moves once a step
             run.update(optimizer)
-        results = dict(box_area=crops.mean_area())
-        if model.position_weight:
-            results |= dict(position_chance=model.position_chance)
-        run.end_epoch(model.encoder, picture=lambda: reconstruct(model, examples), **results)
+        run.end_epoch(model.encoder, picture=lambda: reconstruct(model, examples), **areas)
     common.finish(run)
 
 
