@@ -189,7 +189,7 @@ class CMAE(nn.Module):
     def __init__(self, encoder: common.ViT, decoder: common.Decoder, mask_ratio: float = 0.75,
                  contrastive_weight: float = 0.1, position_weight: float | None = None,
                  position_kind: str = "ce", position_input: str = "withheld", tau: float = 0.2,
-                 head_hidden: int = 4096, head_dim: int = 256):
+                 head_hidden: int = 4096, head_dim: int = 256):  # fmt: skip
         super().__init__()
         self.encoder, self.decoder, self.mask_ratio, self.tau = encoder, decoder, mask_ratio, tau
         if position_weight is None:
@@ -306,7 +306,7 @@ def boxes_from_heatmaps(heatmaps: Tensor, size: tuple[int, int], threshold=0.1) 
 
 
 def sample_contrastive_crop(height: int, width: int, box: Tensor, scale=(0.2, 1.0),
-                            ratio=(3 / 4, 4 / 3), alpha: float = 0.6) -> Tensor:
+                            ratio=(3 / 4, 4 / 3), alpha: float = 0.6) -> Tensor:  # fmt: skip
     """Crops top, left, h, w in pixels, of the shape of `box` (4,) or (B, 4), shares of the image.
     Sizes as in RandomResizedCrop; the middle lies in the box, at Beta(alpha, alpha) of its height
     and, independently, of its width, as far as the crop then stays within the image."""

@@ -1,9 +1,14 @@
 """--compile: each method is one graph, compiled once, and computes what it does without."""
 
+import json
+
 import pytest
 import torch
 from conftest import assert_same_state, train
 from torch import nn
+
+import common
+import eval_linear
 
 PLAIN = ["--no-homologous-attention", "--no-homologous-loss", "--no-segment"]
 RUNS = [("mae", []), ("ls", []), ("msg", []), ("msg-ada", []),
@@ -14,23 +19,39 @@ RUNS = [("mae", []), ("ls", []), ("msg", []), ("msg-ada", []),
 STEPS = ["--epochs", "2", "--steps", "6", "--knn-every", "0"]  # 4 of one epoch and 2 of the next
 
 
-@pytest.mark.parametrize("method, flags", RUNS, ids=[" ".join([x, *y]) for x, y in RUNS])
-def test_one_graph_serves_all_steps(method, flags, tmp_path, shapes_folder, request, monkeypatch):
-    """Dynamo traces a graph anew for each break and each recompilation. What it traces is run by
-    the same kernels as without, so that the results are equal bit for bit. (R1 and the path length
-    differentiate twice, which compiled graphs cannot: these passes are not compiled.)"""
-    graphs, compiled = [], nn.Module.compile
+@pytest.fixture
+def graphs(monkeypatch):
+    """What --compile traces from now on: a graph more for each break and each recompilation. They
+    are run by the same kernels as without it, so that results are equal bit for bit."""
+    traced, compile_in_place = [], nn.Module.compile
 
     def backend(graph, inputs):
-        graphs.append(graph)
+        traced.append(graph)
         return graph
 
+    torch.compiler.reset()
+    monkeypatch.setattr(nn.Module, "compile", lambda x: compile_in_place(x, backend=backend))
+    return traced
+
+
+@pytest.mark.parametrize("method, flags", RUNS, ids=[" ".join([x, *y]) for x, y in RUNS])
+def test_one_graph_serves_all_steps(method, flags, graphs, tmp_path, shapes_folder, request):
+    """(Of steps with a path length, which is differentiated twice, none is compiled; nor is D.)"""
     if method == "supervised_mim" and not flags:
         flags = ["--tokenizer", request.getfixturevalue("tokenizer")]
-    torch.compiler.reset()
-    monkeypatch.setattr(nn.Module, "compile", lambda model: compiled(model, backend=backend))
     train(method, tmp_path / "plain", shapes_folder, *STEPS, *flags)
     assert len(graphs) == 0
     train(method, tmp_path / "compiled", shapes_folder, *STEPS, *flags, "--compile")
     assert len(graphs) == 1
     assert_same_state(tmp_path / "plain", tmp_path / "compiled")
+
+
+def test_fine_tuning_is_one_graph_and_validation_another(graphs, whole, shapes_folder, tmp_path):
+    arguments = [whole("mae"), "--mode", "finetune", "--data", shapes_folder, "--epochs", "2",
+                 "--batch-size", "32", "--workers", "0", "--device", "cpu", "--out"]  # fmt: skip
+    scores = []
+    for out, more in (("plain", []), ("compiled", ["--compile"])):
+        flags = map(str, [*arguments, tmp_path / out, *more])
+        eval_linear.main(common.parse(eval_linear.Config, {}, list(flags)))
+        scores.append(json.loads((tmp_path / out / "eval.json").read_text())["finetune"]["top5"])
+    assert len(graphs) == 2 and scores[0] == scores[1]
