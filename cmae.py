@@ -277,8 +277,8 @@ def momentum_at(step: int, total: int, start: float) -> float:
 
 def saliency(encoder: common.ViT, imgs: Tensor) -> Tensor:
     """imgs (B, C, H, W) -> heatmaps (B, h, w): how far each patch's token lies from the mean of its
-    image's, less the mean + std of these distances, and not below 0. So the patches that most of
-    the image is like are 0: the background that Peng et al.'s rule takes for granted."""
+    image's, less the mean + std of these distances, and not below 0. What most patches are like is
+    0: the background that Peng et al.'s rule needs, or else an object that fills the image."""
     tokens = encoder(imgs)[:, 1:].float()
     distance = (tokens - tokens.mean(dim=1, keepdim=True)).norm(dim=2)
     std, mean = torch.std_mean(distance, dim=1, keepdim=True)
