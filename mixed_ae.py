@@ -16,9 +16,8 @@ its own image, by attention to few keys and by a contrastive loss. No second vie
         mixed_ae.py --preset imagenet --data /data/imagenet
     python eval_linear.py runs/mixed_ae-demo --baseline         # then: is the encoder any good?
 
-The first takes 2.0 minutes on two cores of a 2.5 GHz Xeon; its linear probe, of three seeds on one
-core of an AMD EPYC, gives 54.9, 65.3 and 70.5 % (untrained, one seed: 47.5).
-For CIFAR-10 see the README. On a GPU: not yet measured.
+The first takes 2.0 minutes on two cores of a 2.5 GHz Xeon; its linear probe, three seeds, one core
+of an AMD EPYC: 54.9, 65.3, 70.5 % (untrained, one seed: 47.5). CIFAR-10: README. GPU: not measured.
 
 Equation -> code. G images in a group, L patches in an image, r = 1/G; image i of a group, patch l.
     source(l)   a random assignment, exactly L/G of the places to each image    random_mixing
@@ -32,32 +31,40 @@ Equation -> code. G images in a group, L patches in an image, r = 1/G; image i o
                                                                       homologous_contrastive_loss
     L           = L_recon + 0.1 L_homo                                          MixedAE.forward
 In metrics.jsonl: loss is L; recon and homo its terms, homo also where the switch leaves it out;
-topk_accuracy, in the last block the share of homologous patches among the K of largest q k', which
-are those attended to unless homologous attention is off: r by chance (a patch itself counts). The
-segment embedding alone can tell them: neither proves that content is recognised. cls stands for a
-whole mixture, so evaluate the patches, too: eval_linear.py RUN --pool mean.
+topk_accuracy, the share of homologous patches among the K of largest q k' in the last block.
+
+By label or by content? As in BERT, segments are added at the input: the number of its image alone
+tells a patch which others are of it. TODO-MEASURE: held-out homo X on mixtures, X on mixtures of
+unrelated patches, X with segments swapped, X without (chance log(L-1)). So homo and topk_accuracy
+prove no recognition of content. That is measured without segments, as at transfer, at each epoch's
+end, on 240 validation images, always mixed alike; in brackets what knowing nothing gives:
+    homo_content    L_homo (log(L-1): 4.14 of 64 patches, 2.71 of 16)
+    topk_content    topk_accuracy (r; 0.29 of 64 patches, 0.4 of 16, where each finds but itself)
+    own_image_auc   how well the cosine of encoded tokens tells one's own image's from the others
+                    (0.5; TODO-MEASURE in an untrained encoder, as an image's patches are alike)
+--no-segment leaves content alone to recognise by: own_image_auc is TODO-MEASURE instead of X.
+cls stands for a whole mixture: evaluate mean-pooled tokens beside it, eval_linear.py --pool mean.
 
 Provenance
     component                                           source
-    mixing, homologous attention and loss, segment      paper
-    switches, a curve of topk_accuracy, batch 1024      paper
-    attention in all blocks but the first               paper, unverified (from memory)
-    segments added at the input, tau 0.25, weight 0.1   paper, unverified (from memory)
-    groups of four, one mixture each                    inferred from the paper's 3 % more time than
-                                                        MAE: groups of two would cost 46 % more,
-                                                        four mixtures of four images 137 %
+    mixing, homologous attention and loss, segment,     paper
+      switches, a curve of topk_accuracy, batch 1024
+    attention in all blocks but the first; segments at  paper, unverified (from memory)
+      the input; tau 0.25; weight 0.1
+    groups of four, one mixture each                    inferred from 3 % more time than MAE: groups
+                                                        of two cost 46 %, four mixtures each 137 %
     architecture, initialisation, loss, recipe          MAE's paper and code
-    cls attends to all and all to cls, beyond the K     our choice
-    no projector before the contrastive loss            our choice
-    std 0.02 and weight decay of the segments           our choice
-    topk_accuracy of the last block, mean over heads    our choice
-    presets "demo" and "cifar"                          our choice
+    cls attends to all and all to cls, beyond the K;    our choice
+      no projector before the contrastive loss; std
+      0.02 and weight decay of the segments; heads'
+      mean in topk_accuracy; the measures of content;
+      presets "demo" and "cifar"
 
 Known deviations
     what                                                consequence
     patches are mixed before their embedding            none: each stays in its place; 1/G the work
     groups are formed within a micro-batch              it must be divisible by G
-    the contrastive loss is fp32 in any precision       none but accuracy
+    no autocast in the contrastive loss                 none but accuracy (on a GPU, TF32's)
 """
 
 import functools
@@ -112,43 +119,39 @@ PRESETS = {
 # ------------------------------------------------------------------------------ mixing
 
 
-def group_size_of(ratio: float) -> int:
-    """Images in a group, 1 / ratio. UserError if that is no whole number above 1."""
+def check_multiple(number: int, factor: int, mistake: str) -> None:
+    """UserError that names the nearest multiple of `factor` unless `number` is one."""
+    if number % factor:
+        nearest = max(factor, round(number / factor) * factor)
+        raise common.UserError(f"{mistake}; the nearest is {nearest}")
+
+
+def group_size_of(ratio: float, encoder: common.ViT) -> int:
+    """Images in a group, 1 / ratio. UserError if that is no whole number above 1, or if they cannot
+    share the patches, two or more for each: of one there is nothing to recognise."""
     size = max(2, round(1 / ratio))
     if abs(size * ratio - 1) > 0.002:
         raise common.UserError(
             f"a group of G images hides 1 - 1/G of each; not {1 - ratio:g}, but --mask-ratio "
             f"{1 - 1 / size:.3g} (G = {size}) can be had"
         )
-    return size
-
-
-def nearest_multiple(number: int, factor: int) -> int:
-    return max(factor, round(number / factor) * factor)
-
-
-def check_grid(encoder: common.ViT, group_size: int) -> None:
-    """UserError unless the images of a group can share the patches, two or more for each: of one
-    there is nothing to recognise."""
-    (h, w), sides = encoder.grid, range(1, 2 * (encoder.grid[0] + group_size))
-    if h * w % group_size or h * w < 2 * group_size:
-        possible = (n for n in sides if n * n % group_size == 0 and n * n >= 2 * group_size)
+    h, w = encoder.grid
+    if h * w % size or h * w < 2 * size:
+        possible = (n for n in range(1, 2 * (h + size)) if n * n % size == 0 and n * n >= 2 * size)
         nearest = min(possible, key=lambda n: abs(n - h)) * encoder.patch_size
         raise common.UserError(
-            f"{h}x{w} = {h * w} patches cannot be shared by {group_size} images: that takes a "
-            f"multiple of {group_size}, and two for each; the nearest is --img-size {nearest}"
+            f"{h}x{w} = {h * w} patches cannot be shared by {size} images: that takes a multiple "
+            f"of {size}, and two for each; the nearest is --img-size {nearest}"
         )
+    return size
 
 
 def random_mixing(groups: int, group_size: int, num_patches: int, device=None, generator=None):
     """source (groups, L) int64 in 0..group_size-1: the image that patch l of the mixture is of.
     Uniformly random among the assignments that give each image exactly L / group_size patches.
     UserError if that is no whole number."""
-    if num_patches % group_size:
-        raise common.UserError(
-            f"{num_patches} patches cannot be shared equally by {group_size} images; "
-            f"{nearest_multiple(num_patches, group_size)} patches could"
-        )
+    mistake = f"{num_patches} patches cannot be shared equally by {group_size} images"
+    check_multiple(num_patches, group_size, mistake)
     noise = torch.rand(groups, num_patches, device=device, generator=generator)
     return noise.argsort(dim=1) % group_size
 
@@ -156,10 +159,8 @@ def random_mixing(groups: int, group_size: int, num_patches: int, device=None, g
 def mix(tokens: Tensor, source: Tensor) -> Tensor:
     """tokens (groups*G, L, D), source (groups, L) -> (groups, L, D): patch l of image source(l) of
     the group, group by group. Patches stay where they were."""
-    groups, num_patches = source.shape
-    grouped = tokens.unflatten(0, (groups, -1))
-    group = torch.arange(groups, device=source.device)[:, None]
-    return grouped[group, source, torch.arange(num_patches, device=source.device)]
+    grouped = tokens.unflatten(0, (len(source), -1))
+    return grouped.take_along_dim(source[:, None, :, None], dim=1)[:, 0]
 
 
 def own_patches(source: Tensor, group_size: int) -> Tensor:
@@ -207,8 +208,8 @@ def topk_accuracy(q: Tensor, k: Tensor, source: Tensor, topk: int) -> Tensor:
 
 def homologous_contrastive_loss(z: Tensor, source: Tensor, tau: float) -> Tensor:
     """z (groups, L, D), source (groups, L) -> scalar: among all other patches of its mixture, each
-    patch has to pick those of its own image, one or more, by cosine. In fp32. log(L - 1) if z tells
-    nothing."""
+    patch has to pick those of its own image, one or more, by cosine. Without autocast. log(L - 1)
+    if z tells nothing."""
     with torch.autocast(z.device.type, enabled=False):
         z = F.normalize(z.float(), dim=2)
         logits = z @ z.transpose(1, 2) / tau
@@ -216,6 +217,18 @@ def homologous_contrastive_loss(z: Tensor, source: Tensor, tau: float) -> Tensor
     log_p = logits - logits.masked_fill(itself, -torch.inf).logsumexp(dim=2, keepdim=True)
     positive = (source[:, :, None] == source[:, None]) & ~itself
     return -((log_p * positive).sum(dim=2) / positive.sum(dim=2)).mean()
+
+
+def own_image_auc(z: Tensor, source: Tensor) -> Tensor:
+    """z (L, D), source (L,) of one mixture -> scalar: of all patches l, a, b, a another one of the
+    image of l, b of another image, the share with cos(z_l, z_a) > cos(z_l, z_b), a tie as a half.
+    It is the mean of the areas under the ROC curves of the patches l: 1 is best, 0.5 chance."""
+    z = F.normalize(z.float(), dim=1)
+    cosine, own = z @ z.T, source[:, None] == source
+    another = own & ~torch.eye(len(z), dtype=torch.bool, device=z.device)
+    triples = another[:, :, None] & ~own[:, None]  # (L, L, L): l, a, b
+    lead = (cosine[:, :, None] - cosine[:, None])[triples]
+    return (lead.sign().mean() + 1) / 2
 
 
 class MixedAE(nn.Module):
@@ -227,34 +240,30 @@ class MixedAE(nn.Module):
 
     def __init__(self, encoder: common.ViT, decoder: common.Decoder, ratio: float = 0.25,
                  tau: float = 0.25, homo_weight: float = 0.1, homologous_attention: bool = True,
-                 homologous_loss: bool = True, segment: bool = True, plain_blocks: int = 1):
+                 segment: bool = True, plain_blocks: int = 1):
         super().__init__()
-        self.encoder, self.decoder, self.group_size = encoder, decoder, group_size_of(ratio)
-        check_grid(encoder, self.group_size)
-        self.tau, self.homo_weight, self.plain_blocks = tau, homo_weight, plain_blocks
-        self.homologous_attention, self.homologous_loss = homologous_attention, homologous_loss
+        self.encoder, self.decoder, self.tau, self.homo_weight = encoder, decoder, tau, homo_weight
+        self.homologous_attention, self.plain_blocks = homologous_attention, plain_blocks
+        self.group_size = group_size_of(ratio, encoder)
+        self.topk = encoder.num_patches // self.group_size
         self.segment = nn.Embedding(self.group_size, encoder.embed_dim) if segment else None
         if segment:
             nn.init.normal_(self.segment.weight, std=0.02)
-        self.topk = encoder.num_patches // self.group_size
 
-    def encode(self, patches: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
-        """patches (groups*G, L, p*p*C), source (groups, L) -> tokens (groups, 1+L, D) after the
-        norm, and the last block's topk_accuracy."""
+    def encode(self, imgs: Tensor, source: Tensor, segments=True) -> tuple[Tensor, Tensor]:
+        """imgs (groups*G, C, H, W), source (groups, L) -> tokens (groups, 1+L, D) after the norm,
+        and what the last block is given. `segments` False leaves their embedding out."""
         vit = self.encoder
-        mixed = common.unpatchify(mix(patches, source), vit.patch_size, vit.grid, vit.in_chans)
-        x = vit.embed(mixed)
-        if self.segment is not None:
+        mixed = mix(common.patchify(imgs, vit.patch_size), source)
+        x = vit.embed(common.unpatchify(mixed, vit.patch_size, vit.grid, vit.in_chans))
+        if segments and self.segment is not None:
             x = x + F.pad(self.segment(source), (0, 0, 1, 0))  # nothing for cls
         homologous = functools.partial(homologous_attention, topk=self.topk)
         for i, block in enumerate(vit.blocks):
             before = x
             ordinary = i < self.plain_blocks or not self.homologous_attention
             x = block(x) if ordinary else block(x, homologous)
-        with torch.no_grad():  # not before the block: autocast would keep weights without gradient
-            last = vit.blocks[-1]
-            q, k, _ = last.attn.heads(last.norm1(before))
-        return vit.norm(x), topk_accuracy(q, k, source, self.topk)
+        return vit.norm(x), before
 
     def decode(self, tokens: Tensor, source: Tensor) -> Tensor:
         """tokens (groups, 1+L, D), source (groups, L) -> (groups*G, L, p*p*C), every patch of all
@@ -264,34 +273,48 @@ class MixedAE(nn.Module):
         patches = unmix(x[:, 1:], source, self.decoder.mask_token[0, 0], self.group_size)
         return self.decoder.decode(torch.cat([cls, patches], dim=1) + self.decoder.pos_embed)
 
-    def predict(self, imgs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def predict(self, imgs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """imgs (B, C, H, W), B divisible by G -> prediction (B, L, p*p*C), source (B/G, L), tokens
-        (B/G, 1+L, D), topk_accuracy. UserError for an incomplete group."""
-        if len(imgs) % self.group_size:
-            raise common.UserError(
-                f"{len(imgs)} images do not fill groups of {self.group_size}; "
-                f"{nearest_multiple(len(imgs), self.group_size)} images would"
-            )
+        (B/G, 1+L, D). UserError for an incomplete group."""
+        mistake = f"{len(imgs)} images do not fill groups of {self.group_size}"
+        check_multiple(len(imgs), self.group_size, mistake)
         groups, num_patches = len(imgs) // self.group_size, self.encoder.num_patches
         source = random_mixing(groups, self.group_size, num_patches, imgs.device)
-        patches = common.patchify(imgs, self.encoder.patch_size)
-        tokens, accuracy = self.encode(patches, source)
-        return self.decode(tokens, source), source, tokens, accuracy
+        tokens, _ = self.encode(imgs, source)
+        return self.decode(tokens, source), source, tokens
 
     def forward(self, imgs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """imgs (B, C, H, W), B divisible by G; consecutive images make a group. -> the loss, and
-        stats: recon, homo, topk_accuracy, without gradient."""
-        pred, source, tokens, accuracy = self.predict(imgs)
+        stats: recon, homo, without gradient."""
+        pred, source, tokens = self.predict(imgs)
         target = common.patchify(imgs, self.encoder.patch_size)
         recon = common.masked_mse(pred, target, ~own_patches(source, self.group_size))
-        tokens = tokens if self.homologous_loss else tokens.detach()
         homo = homologous_contrastive_loss(tokens[:, 1:], source, self.tau)
-        loss = recon + self.homo_weight * homo if self.homologous_loss else recon
-        stats = dict(recon=recon.detach(), homo=homo.detach(), topk_accuracy=accuracy)
-        return loss, stats
+        loss = recon + self.homo_weight * homo if self.homo_weight else recon
+        return loss, dict(recon=recon.detach(), homo=homo.detach())
 
 
 # ------------------------------------------------------------------------------ training
+
+
+@torch.no_grad()
+def recognition(model: MixedAE, imgs: Tensor) -> dict[str, float]:
+    """topk_accuracy and, without segments, topk_content, homo_content and own_image_auc: of about
+    240 of imgs (N, C, H, W), in groups and mixtures that are random, but the same every time."""
+    size, last, results = model.group_size, model.encoder.blocks[-1], {}
+    generator = common.seeded("recognition")
+    imgs = imgs[torch.randperm(240 // size * size, generator=generator) % len(imgs)]
+    shape = len(imgs) // size, size, model.encoder.num_patches
+    source = random_mixing(*shape, generator=generator).to(imgs.device)
+    for name, segments in (("topk_accuracy", True), ("topk_content", False)):
+        tokens, before = model.encode(imgs, source, segments)
+        q, k, _ = last.attn.heads(last.norm1(before))
+        results[name] = topk_accuracy(q, k, source, model.topk).item()
+    z = tokens[:, 1:]
+    results["homo_content"] = homologous_contrastive_loss(z, source, model.tau).item()
+    areas = [own_image_auc(*mixture) for mixture in zip(z, source, strict=True)]
+    results["own_image_auc"] = torch.stack(areas).mean().item()
+    return results
 
 
 @torch.no_grad()
@@ -300,7 +323,7 @@ def reconstruct(model: MixedAE, imgs: Tensor) -> dict[str, Tensor]:
     images make a group, and the first ones fill up the last group."""
     vit, size = model.encoder, model.group_size
     imgs = imgs[torch.arange(math.ceil(len(imgs) / size) * size) % len(imgs)]
-    pred, source, _, _ = model.predict(imgs)
+    pred, source, _ = model.predict(imgs)
     rows = common.reconstruction_rows(imgs, pred, ~own_patches(source, size), vit.patch_size)
     mixed = mix(common.patchify(imgs, vit.patch_size), source).repeat_interleave(size, dim=0)
     return {
@@ -315,35 +338,27 @@ def build(cfg: Config) -> MixedAE:
     encoder = cfg.vit()
     decoder = common.Decoder(encoder, cfg.decoder_dim, cfg.decoder_depth, cfg.decoder_heads)
     return MixedAE(
-        encoder, decoder, ratio=1 - cfg.mask_ratio, tau=cfg.tau, homo_weight=cfg.homo_weight,
-        homologous_attention=cfg.homologous_attention, homologous_loss=cfg.homologous_loss,
-        segment=cfg.segment,
+        encoder, decoder, ratio=1 - cfg.mask_ratio, tau=cfg.tau,
+        homo_weight=cfg.homo_weight * cfg.homologous_loss,
+        homologous_attention=cfg.homologous_attention, segment=cfg.segment,
     )  # fmt: skip
-
-
-def check_batch(run: common.Run, group_size: int) -> None:
-    """UserError unless micro-batches are made of whole groups."""
-    batch, parts = run.cfg.batch_size, run.world * run.cfg.accumulate * group_size
-    if batch % parts:
-        raise common.UserError(
-            f"--batch-size {batch} is not divisible by {run.world} processes x --accumulate "
-            f"{run.cfg.accumulate} x groups of {group_size}; the nearest is "
-            f"{nearest_multiple(batch, parts)}"
-        )
 
 
 @common.entry_point
 def main(cfg: Config) -> None:
     run = common.Run(cfg)
     model = build(cfg).to(run.device)
-    check_batch(run, model.group_size)
+    parts = f"{run.world} processes x --accumulate {cfg.accumulate} x groups of {model.group_size}"
+    check_multiple(cfg.batch_size, run.world * cfg.accumulate * model.group_size,
+                   f"--batch-size {cfg.batch_size} is not divisible by {parts}")  # fmt: skip
     if cfg.init_from and not run.resumes:
         common.init_from(cfg.init_from, model)
     optimizer = common.adamw(model, cfg.weight_decay)
 
     train, val = common.pretraining_images(cfg, run.device)
     loader = common.TrainLoader(train, cfg, run, common.RandomCrop(cfg.img_size, cfg.min_crop))
-    examples = common.example_images(val or train, cfg.img_size, run.device)
+    shown = functools.partial(common.example_images, val or train, cfg.img_size, run.device)
+    examples, held_out = shown(), shown(count=240)
     run.start(loader, val, model=model, optimizer=optimizer)
     ddp = run.wrap(model)
     for _ in run.epochs():
@@ -355,7 +370,8 @@ def main(cfg: Config) -> None:
                 run.backward(loss)
                 run.log(loss=loss, **stats)
             run.update(optimizer)
-        run.end_epoch(model.encoder, picture=lambda: reconstruct(model, examples))
+        results = recognition(model, held_out)
+        run.end_epoch(model.encoder, picture=lambda: reconstruct(model, examples), **results)
     common.finish(run)
 
 

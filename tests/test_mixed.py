@@ -196,10 +196,43 @@ def test_the_contrastive_loss_knows_directions_only():
     assert same.item() == pytest.approx(math.log(7))
 
 
+def slow_auc(score, own) -> float:
+    """Area under the ROC curve, step by step: thresholds from above, equal scores at once."""
+    hits, alarms, area = 0, 0, 0.0
+    for threshold in sorted(set(score), reverse=True):
+        group = [mine for x, mine in zip(score, own, strict=True) if x == threshold]
+        area += (len(group) - sum(group)) * (hits + sum(group) / 2)  # trapezoids
+        hits, alarms = hits + sum(group), alarms + len(group) - sum(group)
+    return area / (hits * alarms)
+
+
+def slow_own_image_auc(z, source) -> float:
+    areas = []
+    for i in range(len(z)):
+        others = [j for j in range(len(z)) if j != i]
+        score = [F.cosine_similarity(z[i], z[j], dim=0).item() for j in others]
+        areas.append(slow_auc(score, [bool(source[i] == source[j]) for j in others]))
+    return sum(areas) / len(areas)
+
+
+def test_own_image_auc_equals_the_area_under_curves():
+    """With ties, as of signs; and at its extremes."""
+    source = mixed_ae.random_mixing(3, 3, 12)
+    for image in source:
+        for z in (torch.randn(12, 4), torch.randn(12, 4).sign()):
+            expected = pytest.approx(slow_own_image_auc(z, image), abs=1e-6)
+            assert mixed_ae.own_image_auc(z, image).item() == expected
+    alike = F.one_hot(source[0], 3).float()
+    assert mixed_ae.own_image_auc(alike, source[0]) == 1
+    assert mixed_ae.own_image_auc(torch.ones(12, 4), source[0]) == 0.5
+    chance = [mixed_ae.own_image_auc(torch.randn(12, 4), source[0]) for _ in range(300)]
+    assert sum(chance) / 300 == pytest.approx(0.5, abs=0.02)
+
+
 # ------------------------------------------------------------------------------ the model
 
 
-def slow_tokens(model, imgs, source, topk):
+def slow_tokens(model, imgs, source, topk, segments=True):
     """Every image embedded, positions added, then mixed; blocks with the slow attention."""
     vit, size = model.encoder, model.group_size
     whole = F.conv2d(imgs, vit.patch_embed.proj.weight, vit.patch_embed.proj.bias, stride=4)
@@ -208,7 +241,9 @@ def slow_tokens(model, imgs, source, topk):
     for g in range(len(source)):
         row = [vit.cls_token[0, 0] + vit.pos_embed[0, 0]]
         for place, i in enumerate(source[g].tolist()):
-            row.append(whole[g * size + i, place] + model.segment.weight[i])
+            row.append(whole[g * size + i, place])
+            if segments:
+                row[-1] = row[-1] + model.segment.weight[i]
         rows.append(torch.stack(row))
     x = torch.stack(rows)
     for number, block in enumerate(vit.blocks):
@@ -225,12 +260,65 @@ def slow_tokens(model, imgs, source, topk):
 def test_the_encoder_equals_a_slow_one_that_mixes_embedded_tokens(size):
     model = model_of(size)
     imgs, source = torch.randn(2 * size, 3, 16, 16), mixed_ae.random_mixing(2, size, 16)
-    tokens, accuracy = model.encode(common.patchify(imgs, 4), source)
-    slow, slow_accuracy = slow_tokens(model, imgs, source, topk=16 // size)
-    torch.testing.assert_close(tokens, slow, atol=1e-4, rtol=1e-4)
-    assert accuracy.item() == pytest.approx(slow_accuracy)  # of the last block
-    dense, _ = slow_tokens(model, imgs, source, topk=16)
+    last = model.encoder.blocks[-1]
+    for segments in (True, False):
+        tokens, before = model.encode(imgs, source, segments)
+        slow, slow_accuracy = slow_tokens(model, imgs, source, 16 // size, segments)
+        torch.testing.assert_close(tokens, slow, atol=1e-4, rtol=1e-4)
+        q, k, _ = last.attn.heads(last.norm1(before))
+        accuracy = mixed_ae.topk_accuracy(q, k, source, model.topk)
+        assert accuracy.item() == pytest.approx(slow_accuracy)
+    dense, _ = slow_tokens(model, imgs, source, 16, segments=False)
     assert (dense - slow).abs().max() > 1e-2
+
+
+def test_recognition_is_measured_on_a_fixed_mixture_without_segments(monkeypatch):
+    model, imgs = model_of(4), torch.randn(8, 3, 16, 16)
+    calls, encode = [], model.encode
+    monkeypatch.setattr(model, "encode", lambda *given: calls.append(given) or encode(*given))
+    with torch.no_grad():
+        model.segment.weight.mul_(20)
+    state = torch.get_rng_state()
+    results = mixed_ae.recognition(model, imgs)
+    assert torch.equal(torch.get_rng_state(), state)  # training goes on undisturbed
+    assert mixed_ae.recognition(model, imgs) == results
+    mixed, source, _ = calls[0]
+    assert all(torch.equal(mixed, x) and torch.equal(source, y) for x, y, _ in calls)
+    index = [int((imgs == img).flatten(1).all(dim=1).nonzero()) for img in mixed]
+    assert [index.count(i) for i in range(8)] == [30] * 8
+    assert index != [i % 8 for i in range(240)]  # in a folder, classes lie side by side
+
+    expected = {}
+    for name, segments in (("accuracy", True), ("content", False)):
+        tokens, before = encode(mixed, source, segments)
+        q, k, _ = (last := model.encoder.blocks[-1]).attn.heads(last.norm1(before))
+        expected[f"topk_{name}"] = mixed_ae.topk_accuracy(q, k, source, 4).item()
+    z = tokens[:, 1:]
+    expected["homo_content"] = mixed_ae.homologous_contrastive_loss(z, source, 0.25).item()
+    areas = [slow_own_image_auc(*mixture) for mixture in zip(z, source, strict=True)]
+    expected["own_image_auc"] = sum(areas) / 60
+    assert results == pytest.approx(expected, abs=1e-4)
+    assert abs(results["topk_accuracy"] - results["topk_content"]) > 0.01
+
+
+def test_labels_alone_solve_the_task_but_not_what_is_measured():
+    """On noise, in which there is nothing else to recognise."""
+    torch.manual_seed(0)
+    vit = common.ViT(16, 4, embed_dim=48, depth=2, num_heads=3)
+    model = mixed_ae.MixedAE(vit, common.Decoder(vit, 24, 1, 2), ratio=0.25, homo_weight=1.0)
+    with torch.no_grad():
+        model.segment.weight.mul_(20)  # or it takes 200 steps
+    optimizer = common.adamw(model, 0.0, lr=3e-3)
+    for _ in range(40):
+        loss, stats = model(torch.randn(32, 3, 16, 16))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert stats["homo"] < 1.3
+    results = mixed_ae.recognition(model, torch.randn(240, 3, 16, 16))
+    assert results["homo_content"] > 2.6  # log(15) = 2.71
+    assert results["own_image_auc"] == pytest.approx(0.5, abs=0.03)
+    assert results["topk_content"] == pytest.approx(0.25, abs=0.03)
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -239,7 +327,7 @@ def test_the_losses_are_those_of_all_images_over_their_hidden_patches(size, monk
     source = mixed_ae.random_mixing(2, size, 16)
     monkeypatch.setattr(mixed_ae, "random_mixing", lambda *args: source)
     loss, stats = model(imgs)
-    pred, _, tokens, _ = model.predict(imgs)
+    pred, _, tokens = model.predict(imgs)
     errors = []
     for n, img in enumerate(imgs):
         for place in range(16):
@@ -263,7 +351,7 @@ def test_temperature_and_weight_are_those_of_the_command_line(monkeypatch):
     model = mixed_ae.build(settings("mixed_ae", "--tau", "0.5", "--homo-weight", "0.3"))
     imgs = torch.randn(8, 3, 16, 16)
     loss, stats = model(imgs)
-    _, _, tokens, _ = model.predict(imgs)
+    _, _, tokens = model.predict(imgs)
     homo = mixed_ae.homologous_contrastive_loss(tokens[:, 1:], source, 0.5)
     torch.testing.assert_close(stats["homo"], homo)
     torch.testing.assert_close(loss, stats["recon"] + 0.3 * homo)
@@ -316,7 +404,7 @@ def test_a_hidden_patch_is_never_seen_and_groups_do_not_touch(monkeypatch):
 
 def test_without_the_switches_it_is_naive_mixing(monkeypatch):
     """The mixed picture through the ordinary ViT, then MAE's decoder, once for each image."""
-    options = dict(homologous_attention=False, homologous_loss=False, segment=False)
+    options = dict(homologous_attention=False, homo_weight=0, segment=False)
     model, imgs = model_of(4, **options), torch.randn(8, 3, 16, 16)
     source = mixed_ae.random_mixing(2, 4, 16)
     monkeypatch.setattr(mixed_ae, "random_mixing", lambda *args: source)
@@ -350,7 +438,7 @@ def test_gradients_reach_every_parameter_but_the_positions(channels, size, autoc
 
 def test_each_switch_changes_what_it_names_alone():
     imgs, results = torch.randn(8, 3, 16, 16), {}
-    for name in ("homologous_attention", "homologous_loss", "segment", None):
+    for name in ("homologous_attention", "homo_weight", "segment", None):
         model = model_of(4, **{name: False} if name else {})
         if name == "segment":  # the same weights but for it
             model.load_state_dict({k: v for k, v in model_of(4).state_dict().items()
@@ -358,18 +446,19 @@ def test_each_switch_changes_what_it_names_alone():
         torch.manual_seed(0)
         results[name] = model(imgs)
     loss, full = results.pop(None)
-    assert results["homologous_loss"][1] == full  # the number is still logged
-    assert results["homologous_loss"][0] == full["recon"] != loss
+    assert results["homo_weight"][1] == full  # the number is still logged
+    assert results["homo_weight"][0] == full["recon"] != loss
     for name in ("homologous_attention", "segment"):
         assert abs(results[name][1]["recon"] - full["recon"]) > 1e-4, name
 
 
 def test_patches_learn_to_recognise_their_image():
-    """To the loss's minimum: the other 7 of 8 patches of two images at cosine 1, the rest at -1."""
+    """By content, to the loss's minimum: the other 7 of 8 patches at cosine 1, the rest at -1."""
     torch.manual_seed(0)
     imgs = torch.randn(16, 3, 1, 1) + 0.3 * torch.randn(16, 3, 16, 16)
     vit = common.ViT(16, 4, embed_dim=48, depth=2, num_heads=3)
-    model = mixed_ae.MixedAE(vit, common.Decoder(vit, 24, 1, 2), ratio=0.5, homo_weight=1.0)
+    decoder = common.Decoder(vit, 24, 1, 2)
+    model = mixed_ae.MixedAE(vit, decoder, ratio=0.5, homo_weight=1.0, segment=False)
     optimizer, history = common.adamw(model, 0.0, lr=3e-3), []
     for _ in range(100):
         loss, stats = model(imgs)
@@ -395,7 +484,7 @@ def test_the_imagenet_preset_is_the_published_recipe():
     with torch.device("meta"):
         model = mixed_ae.build(cfg)
     assert (model.group_size, model.topk, model.plain_blocks) == (4, 49, 1)
-    assert model.homologous_attention and model.homologous_loss and model.segment is not None
+    assert model.homologous_attention and model.segment is not None
     assert (model.tau, model.homo_weight) == (0.25, 0.1)
 
 
@@ -430,9 +519,9 @@ def test_compiled_it_computes_the_same(monkeypatch):
 
 
 def test_bad_numbers_are_named_with_the_nearest_that_would_do():
-    with pytest.raises(UserError, match=r"49 patches .* by 4 images; 48 patches"):
+    with pytest.raises(UserError, match=r"49 patches .* by 4 images; the nearest is 48"):
         mixed_ae.random_mixing(1, 4, 49)
-    with pytest.raises(UserError, match="6 images do not fill groups of 4; 8 images"):
+    with pytest.raises(UserError, match="6 images do not fill groups of 4; the nearest is 8"):
         model_of(4)(torch.randn(6, 3, 16, 16))
 
 
