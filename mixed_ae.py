@@ -36,13 +36,11 @@ topk_accuracy, the share of homologous patches among the K of largest q k' in th
 By label or by content? As in BERT, segments are added at the input: the number of its image alone
 tells a patch which others are of it. TODO-MEASURE: held-out homo X on mixtures, X on mixtures of
 unrelated patches, X with segments swapped, X without (chance log(L-1)). So homo and topk_accuracy
-prove no recognition of content. That is measured without segments, as at transfer, at each epoch's
-end, on 240 validation images, always mixed alike; in brackets what knowing nothing gives:
-    homo_content    L_homo (log(L-1): 4.14 of 64 patches, 2.71 of 16)
-    topk_content    topk_accuracy (r; 0.29 of 64 patches, 0.4 of 16, where each finds but itself)
-    own_image_auc   how well the cosine of encoded tokens tells one's own image's from the others
-                    (0.5; TODO-MEASURE in an untrained encoder, as an image's patches are alike)
---no-segment leaves content alone to recognise by: own_image_auc is TODO-MEASURE instead of X.
+prove no recognition of content, which is measured at each epoch's end without segments, as at
+transfer, on 240 validation images, always mixed alike. homo_content and topk_content are the same
+two (chance log(L-1) and r). own_image_auc: how well the cosine of encoded tokens tells patches of
+one's own image from the others (chance 0.5; an untrained encoder has TODO-MEASURE, as patches of an
+image have like colours). --no-segment leaves content alone to recognise by: TODO-MEASURE, not X.
 cls stands for a whole mixture: evaluate mean-pooled tokens beside it, eval_linear.py --pool mean.
 
 Provenance

@@ -10,8 +10,6 @@ decoder is dropped afterwards: no cost at inference. Unlike MAE (He et al., CVPR
     python supervised_mim.py --mim-weight 0 --out runs/baseline # the supervised baseline
     python supervised_mim.py --target pixels --out runs/pixels  # pixels instead of tokens
     python supervised_mim.py --preset cifar                     # CIFAR-10, downloaded
-    python supervised_mim.py --preset imagenet --data /data/imagenet --accumulate 16 \\
-        --train-tokenizer
     python supervised_mim.py --preset imagenet --data /data/imagenet --accumulate 16     # one GPU
     torchrun --nproc-per-node 8 supervised_mim.py --preset imagenet --data /data/imagenet \\
         --epochs 90 --batch-size 1024 --warmup-epochs 8 --out runs/90       # the shorter recipe
@@ -19,14 +17,13 @@ decoder is dropped afterwards: no cost at inference. Unlike MAE (He et al., CVPR
         supervised_mim.py --preset imagenet --data /data/imagenet
     python eval_linear.py runs/supervised_mim-demo --mode knn   # with all images: eval.json
 
-The first takes 2.6 minutes on two cores of a 2.5 GHz Xeon; three seeds on one core of an AMD EPYC
-end at 53.6, 55.7 and 62.9 % top-1. The second takes a minute and ends at 45.9 % (one seed, Xeon).
-For CIFAR-10 see the README. On a GPU: not yet measured.
+The first takes 2.6 minutes on two cores of a 2.5 GHz Xeon; top-1 of three seeds, one core of an AMD
+EPYC: 53.6, 55.7, 62.9 %. The second: a minute, 45.9 % (one seed). CIFAR-10: README. GPU: not yet.
 
 The tokenizer. Without --tokenizer FILE one is trained first, for --tokenizer-epochs, in the folder
-tokenizer/ of the run, to its end whatever --steps says; an unfinished one is trained on, a finished
-one taken as it is. --train-tokenizer does only that, and with --restart begins anew. A run keeps,
-in its checkpoint, the tokenizer that it began with.
+tokenizer/ of the run, to its end whatever --steps says. An unfinished one is trained on, a finished
+one taken as it is, whatever flags now say of its making. --train-tokenizer does only that, and with
+--restart begins anew. A run's checkpoint keeps the tokenizer that the run began with.
 
 Equation -> code. x: image, cropped, flipped; x': RandAugment of x, mixed up with another image.
     z       = encoder of the tokenizer (x), one vector per patch               VQTokenizer.features
@@ -40,42 +37,38 @@ Equation -> code. x: image, cropped, flipped; x': RandAugment of x, mixed up wit
     L       = L_class + 1.0 L_token                                           SupervisedMIM.forward
 In metrics.jsonl: loss is L; class_loss, top1 in % (of training; mixed images count as the class of
 the larger part); token_loss, token_acc over hidden patches, or pixel_loss; val_top1 of all
-validation images; knn and retrieval_1nn, monitors on 1000 of them. The tokenizer's: loss is L_vq,
-recon and commitment its terms; psnr in dB, perplexity and codes_used (share of the codebook), on
-1000 validation images, or of training if there are no others.
+validation images, best_top1 its best so far; knn and retrieval_1nn, monitors on 1000 of them. The
+tokenizer's: loss is L_vq, recon and commitment its terms; psnr in dB, perplexity and codes_used
+(share of the codebook), on 1000 validation images, or of training if there are no others.
 
 Provenance
     component                                           source
-    the task beside the class task, image tokens,       paper
-      masked image, shallow decoder that is dropped,
-      ViT-B/14
+    class task beside MIM of image tokens, shallow      paper
+      decoder that is dropped, ViT-B/14
     codebook 1024 x 256, 16 x 16 tokens                 inferred: the VQ of MaskGIT and MAGE, by two
                                                         of the authors; /14 gives as many patches
-    recipe of "imagenet"                                big_vision, AugReg (Steiner et al. 2021),
-                                                        for want of the paper's own
-    straight-through gradient, commitment 0.25,         VQ-VAE
-      codebook by moving averages
+    recipe of "imagenet"                                AugReg (big_vision), for want of the paper's
+    straight-through, commitment 0.25, moving averages  VQ-VAE
     encoder, masking, form of the decoder, pixels       MAE's paper and code
-    two passes, instead of labels on masked images      our choice
-    mask ratio 0.5; hidden patches dropped before the   our choice
-      encoder; 2 blocks as wide as it; weight 1
     label smoothing 0.1 of the tokens                   our choice, as in MaskGIT
     the masked pass sees x, not x'                      our choice: RandAugment moves pixels, so its
                                                         tokens would belong to other patches
-    the tokenizer's architecture and training           our choice
-    head on cls, zero at first                          our choice
-    presets "demo" and "cifar"                          our choice
+    two passes, no labels on masked images; ratio 0.5,  our choice
+      hidden patches dropped before the encoder; 2
+      decoder blocks of its width; weight 1; head on
+      cls, zero at first; the tokenizer's architecture
+      and training; presets "demo" and "cifar"
 
 Known deviations
     what                                                consequence
-    the tokenizer is a small one, without adversarial   weaker targets than MaskGIT's
-      or perceptual loss
-    RandAugment is torchvision's                        milder than TensorFlow's: its magnitudes end
-                                                        at 30, theirs at 10
-    weight decay 0.1 in "imagenet"                      none: big_vision's 1e-4 is not multiplied by
-                                                        the learning rate 1e-3, torch's is
-    with --accumulate the codebook moves with every     a recipe for the tokenizer depends on it
-      micro-batch, not once a step
+    the tokenizer is small, without adversarial or      weaker targets than MaskGIT's
+      perceptual loss
+    torchvision's RandAugment, magnitudes up to 30      milder than TensorFlow's, with up to 10
+    weight decay 0.1 in "imagenet", not 1e-4            none: big_vision's is not scaled by lr 1e-3
+    one mixup share, one move of the codebook in each   a recipe depends on --accumulate, and mixup
+      micro-batch                                       on the number of processes
+    logits of visible patches, too, which no loss uses  0.3 % of the arithmetic of ViT-B/14
+    fp32 may be TF32 on a GPU, in the tokenizer, too    a token between two codes may be the other
 """
 
 import dataclasses
@@ -109,7 +102,7 @@ class Config(common.Config):
     tokenizer_epochs: int = 20  # length of its training
     tokenizer_lr: float = 1e-3  # its peak learning rate; its batch is --batch-size, up to about 256
     tokenizer_width: int = 64  # its channels at full resolution; up to four times as many below
-    codebook_size: int = 1024  # codes, the classes of the masked pass
+    codebook_size: int = 1024  # its codes, the classes of the masked pass
     codebook_dim: int = 256  # width of a code
     knn_every: int = 1  # validation every so many epochs: top-1, kNN, retrieval; 0 is never
 
@@ -139,7 +132,7 @@ PRESETS = {
         epochs=200, batch_size=256, lr=1e-3, warmup_epochs=10, clip_grad=1.0, weight_decay=0.05,
         tokenizer_epochs=20, tokenizer_width=32,
     ),
-    "imagenet": dict(  # AugReg's recipe for training from scratch
+    "imagenet": dict(  # AugReg's recipe (Steiner et al. 2021) for training from scratch
         data="imagenet", img_size=224, patch_size=14, size="base", mask_ratio=0.5, min_crop=0.05,
         epochs=300, batch_size=4096, lr=1e-3, warmup_epochs=10_000 / 312,  # 10 000 steps
         clip_grad=1.0, weight_decay=0.1, mixup=0.5, randaug=15, mim_weight=1.0, decoder_depth=2,
@@ -178,9 +171,8 @@ class SupervisedMIM(nn.Module):
 
     def predict(self, imgs: Tensor) -> tuple[Tensor, Tensor]:
         """imgs (B, C, H, W) -> outputs of the decoder (B, L, K) and mask (B, L), True = hidden."""
-        visible, mask = common.random_masking(
-            len(imgs), self.encoder.num_patches, self.mask_ratio, imgs.device
-        )
+        shape = len(imgs), self.encoder.num_patches
+        visible, mask = common.random_masking(*shape, self.mask_ratio, imgs.device)
         return self.decoder(self.encoder(imgs, visible), visible), mask
 
     def forward(self, imgs: Tensor, labels: Tensor, token_ids: Tensor | None = None,
@@ -341,21 +333,19 @@ def perplexity(ids: Tensor, codebook_size: int) -> tuple[float, float]:
 # ------------------------------------------------------------------------------ training it
 
 
-@torch.no_grad()
 def measure_tokenizer(run: common.Run, tokenizer: VQTokenizer, images: common.Images) -> dict:
-    """psnr, perplexity and codes_used on 1000 images; each process does its share."""
-    tokenizer.eval()
-    decibels, ids = [], []
-    size, workers = run.cfg.img_size, run.cfg.workers
-    for imgs, _ in common.eval_batches(images, size, run.device, limit=1000, workers=workers):
-        for part in imgs.split(32):  # at full resolution these need much memory
-            recon, tokens, _ = tokenizer(part)
-            decibels.append(psnr(tokenizer.resized(part), recon))
-            ids.append(tokens)
-    tokenizer.train()
-    decibels, ids = (common.gather_rows(torch.cat(x)) for x in (decibels, ids))
-    even, used = perplexity(ids, len(tokenizer.codebook))
-    return dict(psnr=decibels.mean().item(), perplexity=even, codes_used=used)
+    """psnr, perplexity and codes_used on 1000 images."""
+
+    def measure(imgs: Tensor) -> Tensor:  # (B, 1+L): psnr, then ids
+        recon, ids, _ = tokenizer(imgs)
+        return torch.cat([psnr(tokenizer.resized(imgs), recon)[:, None], ids], dim=1)
+
+    def in_parts(imgs: Tensor) -> Tensor:  # for large images need much memory
+        return torch.cat([measure(part) for part in imgs.split(32)])
+
+    numbers, _ = common.outputs(run, tokenizer, in_parts, images, run.cfg.img_size, limit=1000)
+    even, used = perplexity(numbers[:, 1:].long(), len(tokenizer.codebook))
+    return dict(psnr=numbers[:, 0].mean().item(), perplexity=even, codes_used=used)
 
 
 def build_tokenizer(cfg: Config) -> VQTokenizer:
@@ -369,31 +359,28 @@ def tokenizer_file(cfg: Config) -> Path:
     return Path(cfg.tokenizer or Path(cfg.out) / "tokenizer" / "tokenizer.pt")
 
 
-def get_tokenizer(run: common.Run, train: common.Images, val: common.Images) -> VQTokenizer:
-    """The finished tokenizer of --tokenizer or of the run's folder, or else a new one, trained in
-    that folder; one yet to be filled if the run resumes. UserError if a finished one does not
-    fit."""
-    cfg, file = run.cfg, tokenizer_file(run.cfg)
-    if cfg.tokenizer:
-        return load_tokenizer(file)
-    if run.resumes:
-        return build_tokenizer(cfg)
-    if not file.exists():
-        return train_tokenizer(cfg, train, val)
-    tokenizer, wanted = load_tokenizer(file), build_tokenizer(cfg).settings
-    differ = [f"{k} {x}, not {wanted[k]}" for k, x in tokenizer.settings.items() if x != wanted[k]]
-    if differ:
+def load_tokenizer(cfg: Config) -> VQTokenizer:
+    """The finished tokenizer of --tokenizer or of the run's folder. UserError if the file holds
+    none, or one without a token for each patch."""
+    file, (h, w) = tokenizer_file(cfg), common.patch_grid(cfg.img_size, cfg.patch_size)
+    content = common.read_checkpoint(file)
+    try:
+        tokenizer = VQTokenizer(**content["tokenizer"])
+    except (KeyError, TypeError):
+        raise common.UserError(f"{file} holds no tokenizer; a tokenizer.pt does") from None
+    common.load_strictly(tokenizer, content.get("model"), file)
+    if (grid := tokenizer.grid) != (h, w):
         raise common.UserError(
-            f"{file} was trained otherwise: {', '.join(differ)}; use another --out, or "
-            "--train-tokenizer --restart"
+            f"{file} makes {grid[0]}x{grid[1]} tokens of an image, but --img-size {cfg.img_size} "
+            f"has {h}x{w} patches: --img-size {grid[0] * cfg.patch_size} would fit"
         )
     return tokenizer
 
 
-def train_tokenizer(cfg: Config, train: common.Images, val: common.Images | None) -> VQTokenizer:
-    """Train the tokenizer of cfg in its folder, or go on with it."""
-    file, parts = tokenizer_file(cfg), cfg.accumulate
-    parts *= dist.get_world_size() if dist.is_initialized() else 1
+def train_tokenizer(run: common.Run, train: common.Images, val: common.Images | None):
+    """A tokenizer for `run`, trained in a folder of its own, or there trained on."""
+    cfg, parts = run.cfg, run.world * run.cfg.accumulate
+    file = tokenizer_file(cfg)
     same = ("data", "data_dir", "img_size", "patch_size", "min_crop", "accumulate", "workers",
             "device", "precision", "seed", "restart", "tokenizer_width", "codebook_size",
             "codebook_dim")  # fmt: skip
@@ -438,30 +425,6 @@ def decoded(tokenizer: VQTokenizer, imgs: Tensor) -> dict[str, Tensor]:
     return {"input": tokenizer.resized(imgs), "decoded tokens": tokenizer.decode(tokens)}
 
 
-def load_tokenizer(path) -> VQTokenizer:
-    """The tokenizer of a tokenizer.pt. UserError if it holds none."""
-    content = common.read_checkpoint(path)
-    try:
-        tokenizer = VQTokenizer(**content["tokenizer"])
-    except (KeyError, TypeError):
-        raise common.UserError(f"{path} holds no tokenizer; a tokenizer.pt does") from None
-    common.load_strictly(tokenizer, content.get("model"), path)
-    return tokenizer
-
-
-def check_grid(tokenizer: VQTokenizer, cfg: Config) -> None:
-    """UserError unless the tokenizer has a token for each patch."""
-    (h, w), (rows, columns) = common.patch_grid(cfg.img_size, cfg.patch_size), tokenizer.grid
-    if (h, w) != (rows, columns):
-        sizes = f"--img-size {rows * cfg.patch_size}"
-        if cfg.img_size % rows == 0:
-            sizes += f" or --patch-size {cfg.img_size // rows}"
-        raise common.UserError(
-            f"{cfg.tokenizer} makes {rows}x{columns} tokens of an image, but --img-size "
-            f"{cfg.img_size} has {h}x{w} patches of {cfg.patch_size}: {sizes} would fit"
-        )
-
-
 # ------------------------------------------------------------------------------ training
 
 
@@ -474,68 +437,57 @@ def training_images(cfg: Config, device) -> tuple[common.Images, common.Images |
         for split in ("train", "val")
     )
     if not cfg.train_tokenizer and (val is None or not train.classes or not val.classes):
-        raise common.UserError(
-            f"--data {cfg.data} has no labels, which this method needs: class folders in train/ "
-            "and val/"
-        )
+        mistake = f"--data {cfg.data} has no labels, which this method needs"
+        raise common.UserError(f"{mistake}: class folders in train/ and val/")
     return train, val
 
 
 class Augment:
-    """Two views of an image: its random crop after RandAugment, and before."""
+    """A random crop after RandAugment and, if `clean` asks for this second view, before."""
 
-    def __init__(self, crop: common.RandomCrop, magnitude: int):
-        self.crop, fill = crop, [round(255 * x) for x in common.MEAN]
+    def __init__(self, crop: common.RandomCrop, magnitude: int, clean: bool):
+        self.crop, self.clean, fill = crop, clean, [round(255 * x) for x in common.MEAN]
         bilinear = v2.InterpolationMode.BILINEAR
         self.change = v2.RandAugment(2, magnitude, interpolation=bilinear, fill=fill)
 
-    def __call__(self, imgs: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        (clean,) = self.crop(imgs, index)
-        return torch.stack([self.change(img) for img in clean]), clean
+    def __call__(self, imgs: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        (crops,) = self.crop(imgs, index)
+        changed = torch.stack([self.change(img) for img in crops])
+        return (changed, crops) if self.clean else (changed,)
 
 
 @torch.no_grad()
 def reconstruct(model: SupervisedMIM, tokenizer: VQTokenizer | None, imgs: Tensor) -> dict:
     """Rows of the reconstruction picture, label -> (N, 3, H, W) normalised images."""
-    pred, mask = model.predict(imgs)
+    (pred, mask), p = model.predict(imgs), model.encoder.patch_size
     if tokenizer is None:
-        return common.reconstruction_rows(imgs, pred, mask, model.encoder.patch_size)
-    p, (h, w) = model.encoder.patch_size, model.encoder.grid
-    hidden = mask.unflatten(1, (1, h, w)).repeat_interleave(p, 2).repeat_interleave(p, 3)
+        return common.reconstruction_rows(imgs, pred, mask, p)
+    rows = common.reconstruction_rows(imgs, common.patchify(imgs, p), mask, p, normalized=False)
     ids = tokenizer.encode(imgs)
-    rows = {"its tokens, decoded: the best that can be had": ids,
-            "hidden tokens predicted, all decoded": torch.where(mask, pred.argmax(dim=2), ids)}
-    rows = {label: F.interpolate(tokenizer.decode(x), imgs.shape[2:], mode="bilinear",
-                                 antialias=True) for label, x in rows.items()}  # fmt: skip
-    return {"input": imgs, "masked": imgs.masked_fill(hidden, 0)} | rows
-
-
-def save_classifier(path: Path, model: SupervisedMIM, classes: list[str], cfg: Config) -> None:
-    """Encoder and head under timm's names, the numbers that rebuild the ViT, class names."""
-    head = {f"head.{name}": x for name, x in model.head.state_dict().items()}
-    content = {"model": model.encoder.state_dict() | head, "vit": model.encoder.settings,
-               "classes": classes, "config": dataclasses.asdict(cfg)}  # fmt: skip
-    common.write_atomically(path, lambda file: torch.save(content, file))
+    tokens = {"its tokens, decoded: the best that can be had": ids,
+              "hidden tokens predicted, all decoded": torch.where(mask, pred.argmax(dim=2), ids)}
+    return {"input": imgs, "masked": rows["masked"]} | {
+        label: F.interpolate(tokenizer.decode(x), imgs.shape[2:], mode="bilinear", antialias=True)
+        for label, x in tokens.items()
+    }  # fmt: skip
 
 
 def validate(run: common.Run, model: SupervisedMIM, val: common.Images, classes: list[str]) -> dict:
-    """At an epoch's end: validation top-1, if it is due. Saves the classifier, and once more if it
-    is the best so far."""
+    """At an epoch's end: validation top-1, if it is due. Saves encoder and head under timm's names,
+    the numbers that rebuild the ViT, and class names, once more if this is the best so far."""
     results, names = {}, ["classifier.pt"]
     if run.due(run.cfg.knn_every):
         scores = common.outputs(run, model, model.classify, val, run.cfg.img_size)
-        results["val_top1"] = common.accuracy(*scores)["top1"]
-        if results["val_top1"] > best_of(run)["val_top1"]:
-            names.append("classifier.best.pt")
+        top1 = common.accuracy(*scores)["top1"]
+        best = max((epoch.get("best_top1", -1.0) for epoch in run.history), default=-1.0)
+        results = dict(val_top1=top1, best_top1=max(top1, best))
+        names += ["classifier.best.pt"] if top1 > best else []
+    head = {f"head.{name}": x for name, x in model.head.state_dict().items()}
+    content = {"model": model.encoder.state_dict() | head, "vit": model.encoder.settings,
+               "classes": classes, "config": dataclasses.asdict(run.cfg)}  # fmt: skip
     for name in names if run.rank == 0 else ():
-        save_classifier(run.folder / name, model, classes, run.cfg)
+        common.write_atomically(run.folder / name, lambda file: torch.save(content, file))
     return results
-
-
-def best_of(run: common.Run) -> dict:
-    """The epoch of best validation top-1 so far, as it was logged."""
-    validated = [epoch for epoch in run.history if "val_top1" in epoch]
-    return max(validated, key=lambda epoch: epoch["val_top1"], default={"val_top1": -1.0})
 
 
 def build(cfg: Config, num_classes: int) -> SupervisedMIM:
@@ -555,15 +507,15 @@ def build(cfg: Config, num_classes: int) -> SupervisedMIM:
 
 @common.entry_point
 def main(cfg: Config) -> None:
-    needs_tokens = cfg.mim_weight > 0 and cfg.target == "tokens"
-    if needs_tokens and cfg.tokenizer:  # first, as data may take long
-        given = load_tokenizer(cfg.tokenizer)
-        check_grid(given, cfg)
-        cfg = dataclasses.replace(cfg, codebook_size=len(given.codebook))
+    needs_tokens = cfg.mim_weight > 0 and cfg.target == "tokens" and not cfg.train_tokenizer
+    tokenizer, file = None, tokenizer_file(cfg)
+    if needs_tokens and (cfg.tokenizer or file.exists()):  # first, as data may take long
+        tokenizer = load_tokenizer(cfg)
+        cfg = dataclasses.replace(cfg, codebook_size=len(tokenizer.codebook))
     run = common.Run(cfg)
     train, val = training_images(cfg, run.device)
     if cfg.train_tokenizer:
-        train_tokenizer(cfg, train, val)
+        train_tokenizer(run, train, val)
         return
     model = build(cfg, len(train.classes)).to(run.device)
     if cfg.init_from and not run.resumes:
@@ -571,17 +523,17 @@ def main(cfg: Config) -> None:
     optimizer = common.adamw(model, cfg.weight_decay, betas=(0.9, 0.999))
 
     crop = common.RandomCrop(cfg.img_size, cfg.min_crop)
-    augment = Augment(crop, cfg.randaug) if cfg.randaug else crop
+    augment = Augment(crop, cfg.randaug, clean=cfg.mim_weight > 0) if cfg.randaug else crop
     loader = common.TrainLoader(train, cfg, run, augment, single=cfg.randaug > 0)
     if cfg.mixup and loader.micro_batch < 2:
         raise common.UserError("mixup takes 2 images in a micro-batch: a larger --batch-size")
     mixup = v2.MixUp(alpha=cfg.mixup, num_classes=len(train.classes)) if cfg.mixup else None
-    state, tokenizer = dict(model=model, optimizer=optimizer), None
-    if needs_tokens:  # last, as it may take long: mistakes in flags have come out by now
-        tokenizer = get_tokenizer(run, train, val).to(run.device).eval().requires_grad_(False)
-        state |= dict(tokenizer=tokenizer)
-        run.print(f"tokens of {tokenizer_file(cfg)}, {len(tokenizer.codebook)} codes, "
-                  f"{tokenizer.grid} tokens an image")  # fmt: skip
+    state = dict(model=model, optimizer=optimizer)
+    if needs_tokens:  # trained last, as it takes long: mistakes in flags have come out by now
+        if tokenizer is None:
+            tokenizer = build_tokenizer(cfg) if run.resumes else train_tokenizer(run, train, val)
+        state |= dict(tokenizer=tokenizer.to(run.device).eval().requires_grad_(False))
+        run.print(f"{len(tokenizer.codebook)} codes, {tokenizer.grid} tokens an image, of {file}")
     examples = common.example_images(val, cfg.img_size, run.device)
     picture = model.decoder and functools.partial(reconstruct, model, tokenizer, examples)
     run.start(loader, val, **state)
@@ -591,7 +543,7 @@ def main(cfg: Config) -> None:
             run.set_lr(optimizer)
             for imgs, *clean, labels in micro_batches:
                 clean = clean[0] if clean else imgs
-                # Before mixup: of the very pixels that the masked pass is shown. In fp32.
+                # Before mixup: of the very pixels that the masked pass is shown.
                 token_ids = tokenizer.encode(clean) if tokenizer else None
                 with run.autocast():
                     imgs, targets = mixup(imgs, labels) if mixup else (imgs, labels)
@@ -601,8 +553,6 @@ def main(cfg: Config) -> None:
             run.update(optimizer)
         run.end_epoch(model.encoder, picture, **validate(run, model, val, train.classes))
     common.finish(run)
-    if "step" in (best := best_of(run)):
-        run.print(f"best validation top-1 {best['val_top1']:.1f}, at step {best['step']}")
 
 
 if __name__ == "__main__":
