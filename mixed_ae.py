@@ -37,10 +37,11 @@ By label or by content? As in BERT, segments are added at the input: the number 
 tells a patch which others are of it. TODO-MEASURE: held-out homo X on mixtures, X on mixtures of
 unrelated patches, X with segments swapped, X without (chance log(L-1)). So homo and topk_accuracy
 prove no recognition of content, which is measured at each epoch's end without segments, as at
-transfer, on 240 validation images, always mixed alike. homo_content and topk_content are the same
-two (chance log(L-1) and r). own_image_auc: how well the cosine of encoded tokens tells patches of
-one's own image from the others (chance 0.5; an untrained encoder has TODO-MEASURE, as patches of an
-image have like colours). --no-segment leaves content alone to recognise by: TODO-MEASURE, not X.
+transfer. homo_content and topk_content are the same two (chance log(L-1) and r). own_image_auc: how
+well the cosine of encoded tokens tells patches of one's own image from the others (chance 0.5; an
+untrained encoder has TODO-MEASURE, as patches of an image have like colours). --no-segment leaves
+content alone to recognise by: TODO-MEASURE, not X. These three and topk_accuracy are of 240 images,
+always mixed alike, of validation, or of training if there are no others.
 cls stands for a whole mixture: evaluate mean-pooled tokens beside it, eval_linear.py --pool mean.
 
 Provenance

@@ -454,6 +454,16 @@ def test_a_run_and_its_classifiers(trained):
                          for name in ("encoder", "classifier")))  # fmt: skip
 
 
+def test_the_tokenizer_is_measured_on_the_validation_images(trained, shapes_folder):
+    folder = trained / "tokenizer"
+    tokenizer, last = load(folder / "tokenizer.pt"), metrics(folder)[-1]
+    imgs = common.normalize(common.load_images(str(shapes_folder), "val", 16).pixels)
+    recon, ids, _ = tokenizer.eval()(imgs)
+    assert last["psnr"] == pytest.approx(supervised_mim.psnr(imgs, recon).mean().item(), abs=1e-3)
+    expected = pytest.approx(supervised_mim.perplexity(ids, 16), abs=1e-4)
+    assert (last["perplexity"], last["codes_used"]) == expected
+
+
 def test_timm_takes_the_classifier(trained):
     timm = pytest.importorskip("timm")
     content = torch.load(trained / "classifier.pt", weights_only=True)
@@ -560,6 +570,16 @@ def test_a_finished_tokenizer_is_taken_as_it_is(tmp_path, shapes_folder, capsys)
     assert len(load(file).codebook) == 17
     train(METHOD, tmp_path, shapes_folder, *anew, "--steps", "1")
     assert not file.exists()
+
+
+def test_a_run_keeps_the_tokenizer_that_it_began_with(tmp_path, shapes_folder):
+    train(METHOD, tmp_path, shapes_folder, "--steps", "1", "--tokenizer-epochs", "1")
+    before = weights(tmp_path, "tokenizer")
+    (tmp_path / "tokenizer" / "tokenizer.pt").unlink()
+    train(METHOD, tmp_path, shapes_folder, "--steps", "2", "--tokenizer-epochs", "1")
+    after = weights(tmp_path, "tokenizer")
+    assert all(torch.equal(x, before[name]) for name, x in after.items())
+    assert before["updates"] == 4 and not (tmp_path / "tokenizer" / "tokenizer.pt").exists()
 
 
 @pytest.mark.parametrize("batch, accumulate, expected", [
