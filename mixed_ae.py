@@ -251,18 +251,24 @@ class MixedAE(nn.Module):
 
     def encode(self, imgs: Tensor, source: Tensor, segments=True) -> tuple[Tensor, Tensor]:
         """imgs (groups*G, C, H, W), source (groups, L) -> tokens (groups, 1+L, D) after the norm,
-        and what the last block is given. `segments` False leaves their embedding out."""
+        and topk_accuracy of the last block. `segments` False leaves their embedding out."""
         vit = self.encoder
         mixed = mix(common.patchify(imgs, vit.patch_size), source)
         x = vit.embed(common.unpatchify(mixed, vit.patch_size, vit.grid, vit.in_chans))
         if segments and self.segment is not None:
             x = x + F.pad(self.segment(source), (0, 0, 1, 0))  # nothing for cls
-        homologous = functools.partial(homologous_attention, topk=self.topk)
+        seen = []  # queries and keys: in the end, the last block's
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            seen[:] = q.detach(), k.detach()
+            if ordinary:
+                return F.scaled_dot_product_attention(q, k, v)
+            return homologous_attention(q, k, v, self.topk)
+
         for i, block in enumerate(vit.blocks):
-            before = x
             ordinary = i < self.plain_blocks or not self.homologous_attention
-            x = block(x) if ordinary else block(x, homologous)
-        return vit.norm(x), before
+            x = block(x, attend)
+        return vit.norm(x), topk_accuracy(*seen, source, self.topk)
 
     def decode(self, tokens: Tensor, source: Tensor) -> Tensor:
         """tokens (groups, 1+L, D), source (groups, L) -> (groups*G, L, p*p*C), every patch of all
@@ -272,25 +278,25 @@ class MixedAE(nn.Module):
         patches = unmix(x[:, 1:], source, self.decoder.mask_token[0, 0], self.group_size)
         return self.decoder.decode(torch.cat([cls, patches], dim=1) + self.decoder.pos_embed)
 
-    def predict(self, imgs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def predict(self, imgs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """imgs (B, C, H, W), B divisible by G -> prediction (B, L, p*p*C), source (B/G, L), tokens
-        (B/G, 1+L, D). UserError for an incomplete group."""
+        (B/G, 1+L, D), topk_accuracy. UserError for an incomplete group."""
         mistake = f"{len(imgs)} images do not fill groups of {self.group_size}"
         check_multiple(len(imgs), self.group_size, mistake)
         groups, num_patches = len(imgs) // self.group_size, self.encoder.num_patches
         source = random_mixing(groups, self.group_size, num_patches, imgs.device)
-        tokens, _ = self.encode(imgs, source)
-        return self.decode(tokens, source), source, tokens
+        tokens, accuracy = self.encode(imgs, source)
+        return self.decode(tokens, source), source, tokens, accuracy
 
     def forward(self, imgs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """imgs (B, C, H, W), B divisible by G; consecutive images make a group. -> the loss, and
-        stats: recon, homo, without gradient."""
-        pred, source, tokens = self.predict(imgs)
+        stats: recon, homo, topk_accuracy, without gradient."""
+        pred, source, tokens, accuracy = self.predict(imgs)
         target = common.patchify(imgs, self.encoder.patch_size)
         recon = common.masked_mse(pred, target, ~own_patches(source, self.group_size))
         homo = homologous_contrastive_loss(tokens[:, 1:], source, self.tau)
         loss = recon + self.homo_weight * homo if self.homo_weight else recon
-        return loss, dict(recon=recon.detach(), homo=homo.detach())
+        return loss, dict(recon=recon.detach(), homo=homo.detach(), topk_accuracy=accuracy)
 
 
 # ------------------------------------------------------------------------------ training
@@ -298,22 +304,19 @@ class MixedAE(nn.Module):
 
 @torch.no_grad()
 def recognition(model: MixedAE, imgs: Tensor) -> dict[str, float]:
-    """topk_accuracy and, without segments, topk_content, homo_content and own_image_auc: of about
-    240 of imgs (N, C, H, W), in groups and mixtures that are random, but the same every time."""
-    size, last, results = model.group_size, model.encoder.blocks[-1], {}
+    """topk_content, homo_content and own_image_auc, that is, without segments: of about 240 of imgs
+    (N, C, H, W), in groups and mixtures that are random, but the same every time."""
+    size = model.group_size
     generator = common.seeded("recognition")
     imgs = imgs[torch.randperm(240 // size * size, generator=generator) % len(imgs)]
     shape = len(imgs) // size, size, model.encoder.num_patches
     source = random_mixing(*shape, generator=generator).to(imgs.device)
-    for name, segments in (("topk_accuracy", True), ("topk_content", False)):
-        tokens, before = model.encode(imgs, source, segments)
-        q, k, _ = last.attn.heads(last.norm1(before))
-        results[name] = topk_accuracy(q, k, source, model.topk).item()
+    tokens, accuracy = model.encode(imgs, source, segments=False)
     z = tokens[:, 1:]
-    results["homo_content"] = homologous_contrastive_loss(z, source, model.tau).item()
     areas = [own_image_auc(*mixture) for mixture in zip(z, source, strict=True)]
-    results["own_image_auc"] = torch.stack(areas).mean().item()
-    return results
+    homo = homologous_contrastive_loss(z, source, model.tau)
+    results = dict(topk_content=accuracy, homo_content=homo, own_image_auc=sum(areas) / len(areas))
+    return {name: x.item() for name, x in results.items()}
 
 
 @torch.no_grad()
@@ -322,7 +325,7 @@ def reconstruct(model: MixedAE, imgs: Tensor) -> dict[str, Tensor]:
     images make a group, and the first ones fill up the last group."""
     vit, size = model.encoder, model.group_size
     imgs = imgs[torch.arange(math.ceil(len(imgs) / size) * size) % len(imgs)]
-    pred, source, _ = model.predict(imgs)
+    pred, source, _, _ = model.predict(imgs)
     rows = common.reconstruction_rows(imgs, pred, ~own_patches(source, size), vit.patch_size)
     mixed = mix(common.patchify(imgs, vit.patch_size), source).repeat_interleave(size, dim=0)
     return {

@@ -22,8 +22,8 @@ EPYC: 53.6, 55.7, 62.9 %. The second: a minute, 45.9 % (one seed). CIFAR-10: REA
 
 The tokenizer. Without --tokenizer FILE one is trained first, for --tokenizer-epochs, in the folder
 tokenizer/ of the run, to its end whatever --steps says. An unfinished one is trained on, a finished
-one taken as it is, whatever flags now say of its making. --train-tokenizer does only that, and with
---restart begins anew. A run's checkpoint keeps the tokenizer that the run began with.
+one taken as it is. --train-tokenizer does only that, and with --restart begins anew. A run's
+checkpoint keeps the tokenizer that the run began with.
 
 Equation -> code. x: image, cropped, flipped; x': RandAugment of x, mixed up with another image.
     z       = encoder of the tokenizer (x), one vector per patch               VQTokenizer.features
@@ -361,7 +361,7 @@ def tokenizer_file(cfg: Config) -> Path:
 
 def load_tokenizer(cfg: Config) -> VQTokenizer:
     """The finished tokenizer of --tokenizer or of the run's folder. UserError if the file holds
-    none, or one without a token for each patch."""
+    none, one without a token for each patch or, in the folder, one of other settings."""
     file, (h, w) = tokenizer_file(cfg), common.patch_grid(cfg.img_size, cfg.patch_size)
     content = common.read_checkpoint(file)
     try:
@@ -369,6 +369,11 @@ def load_tokenizer(cfg: Config) -> VQTokenizer:
     except (KeyError, TypeError):
         raise common.UserError(f"{file} holds no tokenizer; a tokenizer.pt does") from None
     common.load_strictly(tokenizer, content.get("model"), file)
+    has = tokenizer.settings
+    wanted = has if cfg.tokenizer else build_tokenizer(cfg).settings
+    if differ := [f"{k} {has[k]}, not {wanted[k]}" for k in has if has[k] != wanted[k]]:
+        mend = "use another --out, or --train-tokenizer --restart"
+        raise common.UserError(f"{file} was made otherwise: {', '.join(differ)}; {mend}")
     if (grid := tokenizer.grid) != (h, w):
         raise common.UserError(
             f"{file} makes {grid[0]}x{grid[1]} tokens of an image, but --img-size {cfg.img_size} "

@@ -554,16 +554,16 @@ def test_the_tokenizer_is_frozen_and_kept_in_the_checkpoint(trained):
 
 
 def test_a_finished_tokenizer_is_taken_as_it_is(tmp_path, shapes_folder, capsys):
-    """By other processes, batches and precisions, and by a run that starts over, whatever flags
-    say of its codes."""
+    """By other processes, batches and precisions, and by a run that starts over."""
     train(METHOD, tmp_path, shapes_folder, "--train-tokenizer", "--steps", "5")
     assert not (tmp_path / "tokenizer" / "tokenizer.pt").exists()
     train(METHOD, tmp_path, shapes_folder, "--train-tokenizer")
-    for flags in (["--accumulate", "2"], ["--batch-size", "8", "--precision", "bf16"],
-                  ["--codebook-size", "17", "--tokenizer-width", "5"]):  # fmt: skip
+    for flags in (["--accumulate", "2"], ["--batch-size", "8", "--precision", "bf16"]):
         train(METHOD, tmp_path, shapes_folder, "--steps", "1", *flags, "--seed", "1", "--restart")
         assert weights(tmp_path, "tokenizer")["updates"] == 8
-        assert len(weights(tmp_path)["decoder.pred.weight"]) == 16
+    arguments = ["--data", shapes_folder, "--out", tmp_path, *TINY, *METHODS[METHOD].small]
+    error = mistake(capsys, supervised_mim, *arguments, "--codebook-size", "17", "--restart")
+    assert "codebook_size 16, not 17; use another --out, or --train-tokenizer --restart" in error
     anew = ["--train-tokenizer", "--restart"]
     train(METHOD, tmp_path, shapes_folder, *anew, "--codebook-size", "17")
     file = tmp_path / "tokenizer" / "tokenizer.pt"
