@@ -11,6 +11,7 @@ encoder's feature maps (multi-scale gradients); StyleGAN2-ADA's way to train the
     ls           MAE's          one scale, least squares                       yes
     msg          multi-scale    multi-scale, least squares                     yes
     msg-ada      multi-scale    multi-scale, logistic, R1, path length, ADA    yes: the full method
+If --feature-weight, --style-weight and --adv-weight are all 0, there is no D: L_pix alone.
 
     python mae_perceptual.py                                    # built-in images, all of the method
     python mae_perceptual.py --variant mae --out runs/mae-demo  # the same with plain MAE
@@ -23,12 +24,12 @@ encoder's feature maps (multi-scale gradients); StyleGAN2-ADA's way to train the
     python eval_linear.py runs/mae_perceptual-demo --baseline   # then: is the encoder any good?
 
 The first takes 2.6 minutes on two cores of a 2.5 GHz Xeon; its linear probe, of three seeds on one
-core of an AMD EPYC, gives 42.6, 47.1 and 53.6 % (untrained, one seed: 45.6).
+core of an AMD EPYC, gives TODO-MEASURE (untrained, one seed: 45.6).
 For CIFAR-10 see the README. On a GPU: not yet measured.
 
 Equation -> code. x image, y reconstruction (of all patches, nothing pasted in), f_j feature maps
 of a frozen copy of the discriminator D; images are normalised, for D and the losses too.
-    L_pix   = mean |y - x|                                          Adversary.losses
+    L_pix   = mean |y - x|, + w times that of each smaller image    pixel_loss
     L_feat  = sum_j mean |f_j(y) - f_j(x)|                          feature_loss
     L_style = sum_j mean |G f_j(y) - G f_j(x)|, G F = F F' / CHW    style_loss, gram_matrix
     L_adv   = (D(y) - 1)^2 / 2     or  softplus(-D(y))              ls_g_loss, logistic_g_loss
@@ -39,17 +40,25 @@ of a frozen copy of the discriminator D; images are normalised, for D and the lo
     path    = 2 (|J'n| - its running mean)^2, added to L_G; every 4th step, then 4-fold;
               J = dy/dtokens of the decoder, n normal noise / side of the image    PathLength
     p       up if E[sign D(x)] > 0.6, else down                     AdaptiveAugment.update
-Our presets "demo" and "cifar" take 0.1 instead of 0.7 for L_adv. In metrics.jsonl: loss is L_G, and
-pix, feat, style and adv are its terms; d_loss is L_D without R1; r1 and path are penalties before
-their weights, on the steps that have them, and in neither loss; real_score and fake_score the means
-of D(x) and D(y); g_norm and d_norm those of the gradients; ada_p the augmentation's p.
+The weights are those of "imagenet", where w = 0.
+
+In metrics.jsonl: loss is L_G; pix, feat, style, adv are its terms before their weights; d_loss is
+L_D without R1; r1 and path are penalties before their weights, on the steps that have them;
+real_score and fake_score are the means of D(x) and D(y), d_acc_real and d_acc_fake the shares of
+real images and of fakes that D tells (score above or below 0; least squares: 1/2); g_norm and
+d_norm are norms of the gradients for the parameters; ada_p is p.
+grad_pix, grad_feat, grad_style, grad_adv, on the epoch's last step: how hard each weighted term of
+L_G pulls at y, where 1 is the pull of mean |y - x|. A term far below 0.1 does nothing, one above 2
+takes over: change its weight. D should be right for 55 to 95 % of the images: below, it teaches
+nothing (raise --disc-lr, lower --r1-gamma), above, it has won (lower --disc-lr).
 
 Provenance
     component                                           source
     perceptual and style loss in features of D          paper
     multi-scale gradients, StyleGAN2-ADA                paper
     weights of the losses; which maps are features;     authors' code
-      a new copy of D every 5 epochs
+      a new copy of D every 5 epochs; L_pix of the
+      full-size image only
     skips and image heads of the decoder, their order   authors' code
     layers of both discriminators, gamma of R1          authors' code
     numbers in PRESETS["imagenet"]                      authors' code
@@ -57,11 +66,10 @@ Provenance
       augmentations (drawn anew for reals and fakes)
       and the rule for p
     PRESETS["imagenet-mae"], initialisation, loss       MAE's paper and code
-    width of fromRGB; which convolution widens          our choice
-    anti-aliased real pyramid; fewer layers of the      our choice
-      one-scale D at small images
-    no random gamma and gain of colours; bf16 on GPUs   our choice
-    presets "demo" and "cifar"                          our choice
+    width of fromRGB; which convolution widens;         our choice
+      anti-aliased real pyramid; fewer layers of the
+      one-scale D at small images; no random gamma and
+      gain of colours; bf16 on GPUs; "demo" and "cifar"
 
 Known deviations
     what                                                consequence
@@ -71,14 +79,15 @@ Known deviations
       others are of a process and micro-batch
     R1 is of D's input after augmentation               none while p is 0
     R1 has the 1/2 and the factor 16 of a lazy term     8 times the authors' R1 at the same gamma,
-                                                        and far above Karras et al.'s rule, 0.0002
-                                                        side^2 / batch, in small images
-    lr and betas are not corrected for lazy terms       lr is 17/16 (D) and 5/4 (G) of what
-                                                        StyleGAN2's correction would leave
-    style weight 40 and gamma 10 at any width and size  made for width 512 at 224 px; "demo" and
-                                                        "cifar" are not balanced yet
+                                                        far above Karras et al.'s rule, 0.0002
+                                                        side^2 / batch
+    lr and betas are not corrected for lazy terms, as   lr is 17/16 (D) and 5/4 (G) of what
+      in the authors' code                              StyleGAN2's correction would leave
     augmentation resamples bilinearly                   grid_sample has no second derivative
-    path length is of the full-size image               smaller ones are not regularised
+    path length is of the full-size image, for the      smaller images and skips are not
+      encoder's last tokens                             regularised
+    its running mean starts at the first measurement    at 0 it would first pull lengths to 0
+PRESETS_DEV
     warm-up is at most a fifth of --epochs              none in the published recipes
     defects of the released code are mended: perceptual losses without gradient, an L1 counted
     twice, scores averaged before they are squared, a copy of D that was not frozen, two scales with
@@ -88,7 +97,7 @@ Known deviations
 import copy
 import functools
 import math
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -114,13 +123,17 @@ class Config(common.Config):
     feature_weight: float = 0.05  # of L_feat in the generator's loss
     style_weight: float = 40.0  # of L_style
     adv_weight: float = 0.7  # of L_adv
+    normalize_features: bool = False  # L_feat, L_style: in units of the real maps' own size
+    scale_weight: float = 0.0  # msg: of each smaller image's error in L_pix
     r1_gamma: float = 10.0  # msg-ada: weight of R1; lower it if D stays at chance
+    path_weight: float = 2.0  # msg-ada: weight of the path length penalty
     refresh_epochs: float = 5.0  # the perceptual features are renewed every so many epochs
 
     def check(self) -> None:
         super().check()
         common.check_numbers(self, 1, "decoder_dim", "decoder_depth", "decoder_heads")
-        common.check_numbers(self, 0, "feature_weight", "style_weight", "adv_weight", "r1_gamma")
+        common.check_numbers(self, 0, "feature_weight", "style_weight", "adv_weight",
+                             "scale_weight", "r1_gamma", "path_weight")  # fmt: skip
         common.check_numbers(self, 1e-30, "lr_decay", "disc_lr", "refresh_epochs")
         if self.variant == "mae" and self.lr_decay is not None:
             raise common.UserError(
@@ -165,10 +178,13 @@ PRESETS = {
 
 
 def image_scales(img_size: int) -> list[int]:
-    """Sides of the image pyramid: img_size, then halves of it, the smallest at least 4 pixels."""
+    """Sides of the image pyramid: img_size, then halves of it, the smallest at least 4 pixels.
+    UserError if there is no half."""
     scales = [img_size]
     while scales[-1] % 2 == 0 and scales[-1] >= 8:
         scales.append(scales[-1] // 2)
+    if len(scales) == 1:
+        raise common.UserError(f"images of {img_size} px have no half of at least 4 px")
     return scales
 
 
@@ -176,22 +192,6 @@ def image_pyramid(imgs: Tensor, scales: list[int]) -> list[Tensor]:
     """imgs (B, 3, S, S) at the given sides, the first of which is S: bilinear, anti-aliased."""
     smaller = (F.interpolate(imgs, (s, s), mode="bilinear", antialias=True) for s in scales[1:])
     return [imgs, *smaller]
-
-
-class ImageHead(nn.Module):
-    """From the decoder's tokens to an image at 1 / 2^level of the full size, level 1 or more."""
-
-    def __init__(self, dim: int, encoder: common.ViT, level: int):
-        super().__init__()
-        self.layout = encoder.patch_size, encoder.grid, encoder.in_chans
-        channels, kernel = encoder.in_chans, 3 if level == 1 else 5
-        self.pred = nn.Linear(dim, encoder.patch_size**2 * channels)
-        self.shrink = nn.AvgPool2d(2 ** (level - 1))
-        self.conv = nn.Conv2d(channels, channels, kernel, 2, kernel // 2)
-
-    def forward(self, tokens: Tensor) -> Tensor:  # (B, 1+L, dim), cls first
-        imgs = common.unpatchify(self.pred(tokens[:, 1:]), *self.layout)
-        return self.conv(self.shrink(imgs))
 
 
 class MSGDecoder(common.Decoder):
@@ -204,10 +204,9 @@ class MSGDecoder(common.Decoder):
 
     def __init__(self, encoder: common.ViT, dim: int = 512, depth: int = 8, num_heads: int = 16):
         super().__init__(encoder, dim, depth, num_heads)
-        size = encoder.grid[0] * encoder.patch_size
+        self.layout = encoder.patch_size, encoder.grid, encoder.in_chans
+        size, channels = encoder.grid[0] * encoder.patch_size, encoder.in_chans
         scales = image_scales(size)
-        if len(scales) < 2:
-            raise common.UserError(f"images of {size} px have no half of at least 4 px")
         if depth < len(scales):
             raise common.UserError(
                 f"{size} px images have {len(scales)} scales ({', '.join(map(str, scales))}) and "
@@ -219,23 +218,25 @@ class MSGDecoder(common.Decoder):
                 f"a decoder of {depth} blocks takes maps from {depth - 1} encoder blocks before "
                 f"the last: --depth {depth} or more, not {len(encoder.blocks)}"
             )
+        patch, kernels = self.pred.out_features, [3, *[5] * (len(scales) - 2)]
         self.fuse = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(depth - 1))
-        self.heads = nn.ModuleList(ImageHead(dim, encoder, i + 1) for i in range(len(scales) - 1))
-        self.layout = encoder.patch_size, encoder.grid, encoder.in_chans
+        self.preds = nn.ModuleList(nn.Linear(dim, patch) for _ in kernels)
+        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, k, 2, k // 2) for k in kernels)
         self.apply(common.init_linear)
 
     def forward(self, tokens: Tensor, visible: Tensor, maps: list[Tensor]) -> list[Tensor]:
         """tokens (B, 1+n, D) after the encoder's norm, visible (B, n), maps: outputs (B, 1+n, D) of
         all its blocks -> images, (B, C, S, S) first, then the smaller ones."""
         x, smaller = self.fill_in(tokens, visible), []
-        first = len(self.blocks) - 1 - len(self.heads)  # of the blocks that emit
         for i, block in enumerate(self.blocks):
             if i > 0:
                 skip = self.fill_in(maps[-1 - i], visible)
                 x = self.fuse[i - 1](torch.cat([x, skip], dim=2))
             x = block(x)
-            if first <= i < len(self.blocks) - 1:
-                smaller.append(self.heads[i - first](x))
+            level = i - (len(self.blocks) - 1 - len(self.preds))  # the last block is not among them
+            if 0 <= level < len(self.preds):
+                image = common.unpatchify(self.preds[level](x[:, 1:]), *self.layout)
+                smaller.append(self.convs[level](F.avg_pool2d(image, 2**level)))
         return [common.unpatchify(self.pred(self.norm(x[:, 1:])), *self.layout), *smaller]
 
 
@@ -264,9 +265,8 @@ class PerceptualMAE(nn.Module):
     def images(self, reconstruction: Tensor | list[Tensor]) -> list[Tensor]:
         """A reconstruction as a list of fp32 images, largest first."""
         if isinstance(reconstruction, Tensor):
-            vit = self.encoder
-            whole = common.unpatchify(reconstruction, vit.patch_size, vit.grid, vit.in_chans)
-            reconstruction = [whole]
+            layout = self.encoder.patch_size, self.encoder.grid, self.encoder.in_chans
+            reconstruction = [common.unpatchify(reconstruction, *layout)]
         return [image.float() for image in reconstruction]
 
 
@@ -289,6 +289,12 @@ def feature_loss(fake: list[Tensor], real: list[Tensor]) -> Tensor:
 def style_loss(fake: list[Tensor], real: list[Tensor]) -> Tensor:
     """L_style of feature maps (B, C, H, W)."""
     return feature_loss([gram_matrix(f) for f in fake], [gram_matrix(r) for r in real])
+
+
+def pixel_loss(fake: list[Tensor], real: list[Tensor], scale_weight: float = 0.0) -> Tensor:
+    """L_pix of images (B, 3, S, S), largest first; the smaller ones count `scale_weight` each."""
+    errors = [(f - r).abs().mean() for f, r in zip(fake, real, strict=True)]
+    return errors[0] + scale_weight * sum(errors[1:])
 
 
 def ls_d_loss(real_score: Tensor, fake_score: Tensor) -> Tensor:
@@ -332,8 +338,6 @@ class Discriminator(nn.Module):
             norm = nn.BatchNorm2d(widths[i]) if i > 0 else nn.Identity()
             stages.append(nn.Sequential(conv, norm, nn.LeakyReLU(0.2)))
             in_chans, side = widths[i], side // 2
-        if not stages:
-            raise common.UserError(f"images of {img_size} px have no half of at least 4 px")
         self.stages = nn.ModuleList(stages)
         self.score = nn.Linear(in_chans * side * side, 1)
 
@@ -390,16 +394,17 @@ class Adversary(nn.Module):
     whose features images are compared; with `ada` the augmentation and the path length."""
 
     def __init__(self, discriminator: nn.Module, ada: bool = True, feature_weight: float = 0.05,
-                 style_weight: float = 40.0, adv_weight: float = 0.7, r1_gamma: float = 10.0,
+                 style_weight: float = 40.0, adv_weight: float = 0.7, scale_weight: float = 0.0,
+                 normalize_features: bool = False, r1_gamma: float = 10.0,
                  path_weight: float = 2.0, r1_every: int = 16, path_every: int = 4):
         super().__init__()
         self.discriminator, self.frozen = discriminator, copy.deepcopy(discriminator)
         self.frozen.eval().requires_grad_(False)
         self.augment, self.path_length, self.real_scores = AdaptiveAugment(), PathLength(), []
+        self.weights = dict(pix=1.0, feat=feature_weight, style=style_weight, adv=adv_weight)
+        self.scale_weight, self.normalize_features = scale_weight, normalize_features
         self.ada, self.r1_gamma, self.r1_every = ada, r1_gamma, r1_every
         self.path_weight, self.path_every = path_weight, path_every
-        self.feature_weight, self.style_weight = feature_weight, style_weight
-        self.adv_weight = adv_weight
 
     def refresh(self) -> None:
         """Copy D, batch statistics included: those of the first process, as each has its own."""
@@ -408,26 +413,29 @@ class Adversary(nn.Module):
             for buffer in self.frozen.buffers():
                 dist.broadcast(buffer, 0)
 
-    def perceptual_losses(self, fake: list[Tensor], real: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """L_feat and L_style. Their gradient goes through the frozen copy into the fakes."""
-        with torch.no_grad():
-            _, real_features = self.frozen(real)
-        _, fake_features = self.frozen(fake)
-        return feature_loss(fake_features, real_features), style_loss(fake_features, real_features)
-
-    def losses(self, model: nn.Module, discriminator: nn.Module, imgs: Tensor, step: int):
-        """imgs (B, 3, S, S) -> the generator's loss, D's loss, stats to log. `model` and
-        `discriminator`: the modules to call, wrapped for several processes.
+    def losses(self, model: nn.Module, discriminator: nn.Module, imgs: Tensor, step: int,
+               measure: bool = False):
+        """imgs (B, 3, S, S) -> the generator's loss, D's loss, stats to log, with `measure` the
+        sizes of the gradients among them. `model` and `discriminator`: the modules to call, wrapped
+        for several processes.
 
         Both losses come from the same forward passes. So D's must be differentiated for D's
         parameters alone, as if the fakes were detached, and the generator's for its own alone."""
         with_path, with_r1 = (self.ada and step % n == 0 for n in (self.path_every, self.r1_every))
-        with twice_differentiable() if with_path else nullcontext():
+        with ExitStack() as options:
+            if with_path:  # neither fused attention nor compiled code has a second derivative
+                options.enter_context(sdpa_kernel(SDPBackend.MATH))
+                options.enter_context(torch.compiler.set_stance("force_eager"))
             reconstruction, _, tokens = model(imgs, return_tokens=True)
         fake = getattr(model, "module", model).images(reconstruction)
         real = image_pyramid(imgs, [image.shape[-1] for image in fake])
-        pix = (fake[0] - real[0]).abs().mean()
-        feat, style = self.perceptual_losses(fake, real)
+        with torch.no_grad():
+            _, real_features = self.frozen(real)
+        _, fake_features = self.frozen(fake)
+        if self.normalize_features:
+            sizes = [f.float().square().mean().sqrt() for f in real_features]
+            fake_features = [f / size for f, size in zip(fake_features, sizes, strict=True)]
+            real_features = [f / size for f, size in zip(real_features, sizes, strict=True)]
 
         seen_fake, seen_real = (self.augment(x) if self.ada else x for x in (fake, real))
         seen_real = [image.detach().requires_grad_(with_r1) for image in seen_real]
@@ -436,14 +444,27 @@ class Adversary(nn.Module):
         with torch.autocast(imgs.device.type, enabled=False) if with_r1 else nullcontext():
             real_score, _ = discriminator(seen_real)
             r1 = r1_penalty(real_score, seen_real) if with_r1 else None
-        adv = logistic_g_loss(fake_score) if self.ada else ls_g_loss(fake_score)
-        d_loss = (logistic_d_loss if self.ada else ls_d_loss)(real_score, fake_score)
         self.real_scores.append(real_score.detach())
 
-        g_loss = pix + self.feature_weight * feat + self.style_weight * style
-        g_loss = g_loss + self.adv_weight * adv
-        stats = dict(loss=g_loss, pix=pix, feat=feat, style=style, adv=adv, d_loss=d_loss,
-                     real_score=real_score.mean(), fake_score=fake_score.mean())  # fmt: skip
+        d_loss = (logistic_d_loss if self.ada else ls_d_loss)(real_score, fake_score)
+        terms = dict(
+            pix=pixel_loss(fake, real, self.scale_weight),
+            feat=feature_loss(fake_features, real_features),
+            style=style_loss(fake_features, real_features),
+            adv=(logistic_g_loss if self.ada else ls_g_loss)(fake_score),
+        )
+        weighted = {name: self.weights[name] * term for name, term in terms.items()}
+        g_loss, border = sum(weighted.values()), 0.0 if self.ada else 0.5
+        stats = dict(
+            loss=g_loss, **terms, d_loss=d_loss,
+            real_score=real_score.mean(), d_acc_real=(real_score > border).float().mean(),
+            fake_score=fake_score.mean(), d_acc_fake=(fake_score < border).float().mean(),
+        )  # fmt: skip
+        if measure:
+            for name, term in weighted.items():
+                total = term * fake[0].numel()  # of the sum over pixels: pix has a size of 1
+                (gradient,) = torch.autograd.grad(total, fake[0], retain_graph=True)
+                stats[f"grad_{name}"] = gradient.square().mean().sqrt()
         if with_r1:
             stats["r1"] = r1
             d_loss = d_loss + self.r1_every * self.r1_gamma / 2 * r1
@@ -459,20 +480,8 @@ class Adversary(nn.Module):
             self.augment.update(torch.cat(self.real_scores), batch_size)
         self.real_scores = []
 
-    def results(self) -> dict[str, float]:
-        """To log at an epoch's end."""
-        return dict(ada_p=self.augment.p) if self.ada else {}
-
 
 # ------------------------------------------------------------------------------ StyleGAN2-ADA
-
-
-@contextmanager
-def twice_differentiable():
-    """Forward passes whose gradient can be differentiated: neither fused attention nor compiled
-    code can be."""
-    with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
-        yield
 
 
 def r1_penalty(real_score: Tensor, images: list[Tensor]) -> Tensor:
@@ -484,7 +493,8 @@ def r1_penalty(real_score: Tensor, images: list[Tensor]) -> Tensor:
 
 class PathLength(nn.Module):
     """Path length penalty (Karras et al. 2020, StyleGAN2): a step of fixed length in the tokens
-    should change the image by a fixed amount, whatever the tokens and the direction."""
+    should change the image by a fixed amount, whatever the tokens and the direction. The running
+    mean starts at the first measurement, not at 0, which would pull all lengths to 0."""
 
     def __init__(self, decay: float = 0.01):
         super().__init__()
@@ -497,14 +507,15 @@ class PathLength(nn.Module):
         noise = torch.randn_like(imgs) / math.sqrt(imgs[0, 0].numel())
         (gradient,) = torch.autograd.grad((imgs * noise).sum(), tokens, create_graph=True)
         lengths = (gradient.float().square().sum(dim=2).mean(dim=1) + 1e-12).sqrt()
-        self.pending.append(lengths.detach().mean())
-        return (lengths - self.mean).square().mean()
+        first = lengths.detach().mean()
+        self.pending.append(first)
+        return (lengths - torch.where(self.mean > 0, self.mean, first)).square().mean()
 
     def update(self) -> None:
         """Once a step, so that micro-batches are measured against the same mean."""
         if self.pending:
-            lengths = torch.stack(self.pending).mean()
-            self.mean.lerp_(common.mean_over_processes(lengths), self.decay)
+            lengths = common.mean_over_processes(torch.stack(self.pending).mean())
+            self.mean.lerp_(lengths, torch.where(self.mean > 0, self.decay, 1.0))
             self.pending = []
 
 
@@ -515,7 +526,7 @@ class AdaptiveAugment(nn.Module):
     def __init__(self, target: float = 0.6, every: int = 4, speed: int = 500_000):
         super().__init__()
         self.target, self.every, self.speed = target, every, speed
-        self.p, self.signs, self.calls, self.images = 0.0, torch.zeros(()), 0, 0
+        self.p, self.signs, self.images = 0.0, [], 0  # signs, images: since the last check
 
     def forward(self, pyramid: list[Tensor]) -> list[Tensor]:
         """Normalised images (B, 3, S, S), largest first -> the same, every image changed by one
@@ -529,9 +540,7 @@ class AdaptiveAugment(nn.Module):
             result = []
             for imgs in pyramid:
                 grid = F.affine_grid(affine, list(imgs.shape), align_corners=False)
-                imgs = F.grid_sample(
-                    imgs.float(), grid, padding_mode="reflection", align_corners=False
-                )
+                imgs = F.grid_sample(imgs, grid, padding_mode="reflection", align_corners=False)
                 result.append((colour @ imgs.flatten(2) + offset).view_as(imgs))
         return result
 
@@ -539,22 +548,19 @@ class AdaptiveAugment(nn.Module):
         """Once a step: D's scores (b,) of real images in this process, and how many images all the
         processes saw. Every 4 steps r_t = E[sign D(x)] is compared with 0.6, and p goes up or down
         at a speed of 1 in 500 000 images."""
-        signs = common.mean_over_processes(real_scores.detach().sign().mean())
-        self.signs, self.calls = self.signs + signs, self.calls + 1
+        self.signs.append(common.mean_over_processes(real_scores.detach().sign().mean()))
         self.images += batch_size
-        if self.calls == self.every:
-            r_t = self.signs.item() / self.every
+        if len(self.signs) == self.every:
+            r_t = sum(self.signs).item() / self.every
             step = math.copysign(self.images / self.speed, r_t - self.target)
             self.p = min(max(self.p + (r_t != self.target) * step, 0.0), 1.0)
-            self.signs, self.calls, self.images = torch.zeros_like(self.signs), 0, 0
+            self.signs, self.images = [], 0
 
     def get_extra_state(self) -> dict:
-        return dict(p=self.p, signs=self.signs, calls=self.calls, images=self.images)
+        return dict(p=self.p, signs=self.signs, images=self.images)
 
     def set_extra_state(self, state: dict) -> None:
-        self.p, self.signs, self.calls, self.images = (
-            state[name] for name in ("p", "signs", "calls", "images")
-        )
+        self.p, self.signs, self.images = state["p"], state["signs"], state["images"]
 
 
 def random_affine(count: int, p: float, size: int) -> Tensor:
@@ -569,29 +575,27 @@ def random_affine(count: int, p: float, size: int) -> Tensor:
     def uniform() -> Tensor:
         return 2 * torch.rand(count) - 1
 
-    def stretch(x: Tensor, y: Tensor) -> Tensor:
-        return torch.diag_embed(torch.stack([x, y], dim=1))
+    def matrix(a=1.0, b=0.0, c=0.0, d=1.0, x=0.0, y=0.0) -> Tensor:  # homogeneous (count, 3, 3)
+        rows = [[a, b, x], [c, d, y], [0.0, 0.0, 1.0]]
+        entries = [torch.as_tensor(entry).expand(count) for row in rows for entry in row]
+        return torch.stack(entries, dim=1).view(count, 3, 3)
 
-    def rotate(angle: Tensor) -> Tensor:
-        sin, cos = angle.sin(), angle.cos()
-        return torch.stack([cos, -sin, sin, cos], dim=1).view(count, 2, 2)
+    def rotation(angle: Tensor) -> Tensor:
+        return matrix(angle.cos(), -angle.sin(), angle.sin(), angle.cos())
 
-    def shift(x: Tensor, y: Tensor) -> Tensor:
-        return (torch.stack([x, y], dim=1) * switched(one)[:, None])[:, :, None]
-
-    one = torch.ones(count)
-    rotation = 1 - math.sqrt(1 - p)  # before and after stretching: p that it happens at all
-    flip = 1 - 2 * switched((uniform() > 0).float())
-    turns = switched((4 * torch.rand(count)).floor())
-    pixels = shift(*((0.125 * size * uniform()).round() * 2 / size for _ in range(2)))
+    half = 1 - math.sqrt(1 - p)  # of two rotations, which make p that there is any
     scale, aspect = (2 ** switched(0.2 * torch.randn(count)) for _ in range(2))
-    matrix = stretch(flip, one) @ rotate(turns * (math.pi / 2))
-    place = matrix @ pixels
-    matrix = matrix @ stretch(scale, scale) @ rotate(switched(math.pi * uniform(), rotation))
-    matrix = matrix @ stretch(aspect, 1 / aspect)
-    matrix = matrix @ rotate(switched(math.pi * uniform(), rotation))
-    place = place + matrix @ shift(*(0.25 * torch.randn(count) for _ in range(2)))
-    return torch.cat([matrix, place], dim=2)
+    whole, part = switched(torch.ones(count)) * 2 / size, switched(torch.ones(count)) * 2
+    return functools.reduce(torch.matmul, [
+        matrix(a=1 - 2 * switched((uniform() > 0).float())),
+        rotation(switched((4 * torch.rand(count)).floor()) * (math.pi / 2)),
+        matrix(x=whole * (size / 8 * uniform()).round(), y=whole * (size / 8 * uniform()).round()),
+        matrix(a=scale, d=scale),
+        rotation(switched(math.pi * uniform(), half)),
+        matrix(a=aspect, d=1 / aspect),
+        rotation(switched(math.pi * uniform(), half)),
+        matrix(x=part * torch.randn(count) / 8, y=part * torch.randn(count) / 8),
+    ])[:, :2]  # fmt: skip
 
 
 def random_colour(count: int, p: float) -> tuple[Tensor, Tensor]:
@@ -623,9 +627,10 @@ def gan_step(run: common.Run, micro_batches, model: nn.Module, discriminator: nn
              adversary: Adversary, optimizer, d_optimizer) -> None:
     if run.step % max(1, round(run.cfg.refresh_epochs * run.loader.steps)) == 0:
         adversary.refresh()
+    measure = (run.step + 1) % run.loader.steps == 0  # at an epoch's end
     for imgs, _ in micro_batches:
         with run.autocast():
-            g_loss, d_loss, stats = adversary.losses(model, discriminator, imgs, run.step)
+            g_loss, d_loss, stats = adversary.losses(model, discriminator, imgs, run.step, measure)
         run.backward(d_loss, inputs=trainable(discriminator), retain_graph=True)
         run.backward(g_loss, inputs=trainable(model))
         run.log(**stats)
@@ -662,9 +667,9 @@ def build_adversary(cfg: Config) -> Adversary:
     kind = MSGDiscriminator if cfg.variant.startswith("msg") else Discriminator
     discriminator = kind(cfg.img_size, cfg.disc_width)
     return Adversary(
-        discriminator.to(memory_format=torch.channels_last), ada=cfg.variant == "msg-ada",
-        feature_weight=cfg.feature_weight, style_weight=cfg.style_weight,
-        adv_weight=cfg.adv_weight, r1_gamma=cfg.r1_gamma,
+        discriminator.to(memory_format=torch.channels_last), cfg.variant == "msg-ada",
+        cfg.feature_weight, cfg.style_weight, cfg.adv_weight, cfg.scale_weight,
+        cfg.normalize_features, cfg.r1_gamma, cfg.path_weight,
     )  # fmt: skip
 
 
@@ -676,7 +681,7 @@ def main(cfg: Config) -> None:
         common.init_from(cfg.init_from, model)
     optimizer = common.adamw(model, cfg.weight_decay)
     state, plain = dict(model=model, optimizer=optimizer), cfg.variant == "mae"
-    if not plain:
+    if with_d := not plain and any((cfg.feature_weight, cfg.style_weight, cfg.adv_weight)):
         adversary = build_adversary(cfg).to(run.device)
         d_optimizer = common.adamw(adversary.discriminator, 0.0, cfg.disc_lr)
         state |= dict(adversary=adversary, d_optimizer=d_optimizer)
@@ -687,23 +692,29 @@ def main(cfg: Config) -> None:
     picture = functools.partial(reconstruct, model, examples, norm_pix=plain and cfg.norm_pix)
     run.start(loader, val, **state)
     ddp = run.wrap(model)
-    ddp_d = None if plain else run.wrap(adversary.discriminator, compile=False)
+    ddp_d = run.wrap(adversary.discriminator, compile=False) if with_d else None
     for epoch in run.epochs():
         decayed = cfg.lr_decay and run.peak_lr * cfg.lr_decay ** ((epoch - 1) // 30)
         for micro_batches in run.steps():
             run.set_lr(optimizer, lr=decayed)  # None: warm-up and cosine
-            if not plain:
+            if with_d:
                 gan_step(run, micro_batches, ddp, ddp_d, adversary, optimizer, d_optimizer)
                 continue
             for imgs, _ in micro_batches:
                 with run.autocast():
                     pred, mask = ddp(imgs)
-                    target = common.patchify(imgs, cfg.patch_size)
-                    loss = common.masked_mse(pred, target, mask, cfg.norm_pix)
+                    if plain:
+                        target = common.patchify(imgs, cfg.patch_size)
+                        loss = common.masked_mse(pred, target, mask, cfg.norm_pix)
+                    else:  # no use for D
+                        fake = model.images(pred)
+                        real = image_pyramid(imgs, [image.shape[-1] for image in fake])
+                        loss = pixel_loss(fake, real, cfg.scale_weight)
                 run.backward(loss)
                 run.log(loss=loss)
             run.update(optimizer)
-        run.end_epoch(model.encoder, picture, **({} if plain else adversary.results()))
+        results = dict(ada_p=adversary.augment.p) if with_d and adversary.ada else {}
+        run.end_epoch(model.encoder, picture, **results)
     common.finish(run)
 
 

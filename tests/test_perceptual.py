@@ -87,7 +87,6 @@ def test_r1_and_path_length_of_functions_whose_gradient_is_known():
 
     matrix = nn.Parameter(torch.randn(3 * 4 * 4, 5 * 6))  # image = matrix @ tokens
     tokens, path = torch.randn(2, 5, 6, requires_grad=True), pm.PathLength()
-    mean = 0.0
     for seed in range(3):
         imgs = (tokens.flatten(1) @ matrix.T).view(2, 3, 4, 4)
         torch.manual_seed(seed)
@@ -95,11 +94,13 @@ def test_r1_and_path_length_of_functions_whose_gradient_is_known():
         torch.manual_seed(seed)
         noise = torch.randn(2, 48) / math.sqrt(16)
         lengths = (noise @ matrix).view(2, 5, 6).square().sum(2).mean(1).sqrt()
+        if seed == 0:  # it starts at the first measurement
+            mean = lengths.mean().item()
         torch.testing.assert_close(penalty, (lengths - mean).square().mean())
         path.update()
         mean += 0.01 * (lengths.mean().item() - mean)
         assert path.mean.item() == pytest.approx(mean, rel=1e-5)
-    assert torch.autograd.grad(penalty, matrix)[0].abs().sum() > 0
+        assert torch.autograd.grad(penalty, matrix)[0].abs().sum() > 0
 
 
 # ------------------------------------------------------------------------------ generator
@@ -157,13 +158,13 @@ def test_msg_decoder_equals_a_slow_version():
             y = dec.blocks[i](y @ dec.fuse[i - 1].weight.T + dec.fuse[i - 1].bias)
             outputs.append(y)
         full = paint(dec.pred(dec.norm(outputs[4]))[:, 1:])
-        half = paint(dec.heads[0].pred(outputs[2])[:, 1:])  # the earlier block, the larger image
-        half = F.conv2d(half, dec.heads[0].conv.weight, dec.heads[0].conv.bias, 2, 1)
-        quarter = F.avg_pool2d(paint(dec.heads[1].pred(outputs[3])[:, 1:]), 2)
-        quarter = F.conv2d(quarter, dec.heads[1].conv.weight, dec.heads[1].conv.bias, 2, 2)
+        half = paint(dec.preds[0](outputs[2])[:, 1:])  # the earlier block, the larger image
+        half = F.conv2d(half, dec.convs[0].weight, dec.convs[0].bias, 2, 1)
+        quarter = F.avg_pool2d(paint(dec.preds[1](outputs[3])[:, 1:]), 2)
+        quarter = F.conv2d(quarter, dec.convs[1].weight, dec.convs[1].bias, 2, 2)
         for image, expected in zip(got, (full, half, quarter), strict=True):
             torch.testing.assert_close(image[n : n + 1], expected, atol=1e-5, rtol=1e-4)
-    assert dec.heads[0].conv.kernel_size == (3, 3) and dec.heads[1].conv.kernel_size == (5, 5)
+    assert dec.convs[0].kernel_size == (3, 3) and dec.convs[1].kernel_size == (5, 5)
 
 
 @pytest.mark.parametrize("size, patch, scales", [
@@ -317,18 +318,14 @@ def test_affine_map_is_the_product_of_its_operations():
     torch.manual_seed(3)
     uniform, switched = draws(n, p)
     rotation = 1 - math.sqrt(1 - p)
+    scale, aspect = switched(0.2 * torch.randn(n)), switched(0.2 * torch.randn(n))
+    whole, part = switched(torch.ones(n)), switched(torch.ones(n))
     flip = switched((2 * uniform() - 1 > 0).float())
     turns = switched((4 * uniform()).floor())
-    tx, ty = ((0.125 * size * (2 * uniform() - 1)).round() for _ in range(2))
-    on = switched(torch.ones(n))
-    tx, ty = tx * on, ty * on
-    scale, aspect = switched(0.2 * torch.randn(n)), None
-    aspect = switched(0.2 * torch.randn(n))
+    tx, ty = (whole * (0.125 * size * (2 * uniform() - 1)).round() for _ in range(2))
     first = switched(math.pi * (2 * uniform() - 1), rotation)
     second = switched(math.pi * (2 * uniform() - 1), rotation)
-    fx, fy = (0.125 * torch.randn(n) for _ in range(2))  # shares of the side
-    on = switched(torch.ones(n))
-    fx, fy = fx * on, fy * on
+    fx, fy = (part * 0.125 * torch.randn(n) for _ in range(2))  # shares of the side
     for i in range(n):
         def turn(a):
             return torch.tensor([[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]])
@@ -420,7 +417,7 @@ def test_one_forward_pass_gives_the_gradients_of_two(variant):
 @pytest.mark.parametrize("variant", ADVERSARIAL)
 def test_perceptual_terms_reach_the_decoder(variant):
     model, adversary = players(variant)
-    adversary.adv_weight = 0.0
+    adversary.weights["adv"] = 0.0
     _, _, terms = adversary.losses(model, adversary.discriminator, torch.randn(4, 3, 16, 16), 1)
     for name in ("feat", "style"):
         gradient = torch.autograd.grad(terms[name], model.decoder.pred.weight, retain_graph=True)[0]
@@ -428,6 +425,42 @@ def test_perceptual_terms_reach_the_decoder(variant):
     assert terms["loss"].item() == pytest.approx(
         (terms["pix"] + 0.05 * terms["feat"] + 40 * terms["style"]).item(), rel=1e-5
     )
+
+
+@pytest.mark.parametrize("variant", ADVERSARIAL)
+def test_gradient_sizes_and_accuracy_equal_those_taken_by_hand(variant):
+    """grad_*: each weighted term alone, differentiated for the full-size image."""
+    model, adversary = players(variant)
+    adversary.scale_weight, imgs = 0.5, torch.randn(8, 3, 16, 16)
+    shown, disc, vit = [], adversary.discriminator, model.encoder
+    adversary.losses(model, lambda x: shown.append(disc(x)[0]) or disc(x), imgs, 1)
+    border = 0.0 if variant == "msg-ada" else 0.5
+    with torch.no_grad():  # so that some of D's answers are right and some wrong
+        disc.score.bias += border - torch.cat(shown).median()
+    torch.manual_seed(3)
+    fake = [x.detach() for x in model.images(model(imgs)[0])]
+    fake[0].requires_grad_()
+    scores, real = disc(fake)[0], pm.image_pyramid(imgs, [x.shape[-1] for x in fake])
+    maps = adversary.frozen(fake)[1], adversary.frozen(real)[1]
+    terms = dict(
+        pix=sum(w * (a - b).abs().mean() for w, a, b in zip((1, 0.5, 0.5), fake, real)),  # noqa: B905
+        feat=0.05 * pm.feature_loss(*maps), style=40 * pm.style_loss(*maps),
+        adv=0.7 * (F.softplus(-scores).mean() if border == 0 else (scores - 1).square().mean() / 2),
+    )  # fmt: skip
+    torch.manual_seed(3)
+    _, _, stats = adversary.losses(model, disc, imgs, 1, measure=True)
+    torch.testing.assert_close(stats["pix"], terms["pix"])
+    for name, term in terms.items():
+        (gradient,) = torch.autograd.grad(term, fake[0], retain_graph=True)
+        expected = gradient.norm() * (8 * 3 * 16 * 16) ** 0.5
+        torch.testing.assert_close(stats[f"grad_{name}"], expected, rtol=1e-4, atol=1e-6)
+    assert stats["grad_pix"].item() == pytest.approx(1) and vit.num_patches == 16
+    right_real = sum(x > border for x in adversary.real_scores[-1].tolist())
+    right_fake = sum(x < border for x in scores.tolist())
+    assert 0 < right_real + right_fake < 16
+    assert stats["d_acc_real"].item() == right_real / 8
+    assert stats["d_acc_fake"].item() == right_fake / 8
+    assert not adversary.losses(model, disc, imgs, 1)[2].keys() & {"grad_pix", "grad_adv"}
 
 
 def test_lazy_regularisers_come_at_their_steps_and_with_their_weights():
@@ -501,14 +534,16 @@ def test_the_imagenet_preset_is_the_authors():
     assert (cfg.lr, cfg.disc_lr, cfg.lr_decay, cfg.warmup_epochs) == (1.5e-4, 1.5e-4, 0.9, 0)
     assert (cfg.weight_decay, cfg.epochs, cfg.batch_size, cfg.min_crop) == (0, 300, 64, 0.2)
     assert (cfg.feature_weight, cfg.style_weight, cfg.adv_weight) == (0.05, 40, 0.7)
-    assert (cfg.r1_gamma, cfg.refresh_epochs, cfg.disc_width) == (10, 5, 512)
+    assert (cfg.r1_gamma, cfg.path_weight, cfg.refresh_epochs, cfg.disc_width) == (10, 2, 5, 512)
+    assert cfg.scale_weight == 0  # the error of the full-size image alone
 
 
 @pytest.mark.parametrize("variant", ADVERSARIAL)
 def test_a_run(variant, whole):
     lines, adversary = metrics(whole(variant)), weights(whole(variant), "adversary")
     assert lines[-1].keys() >= {"loss", "pix", "feat", "style", "adv", "d_loss", "real_score",
-                                "fake_score", "g_norm", "d_norm"}  # fmt: skip
+                                "fake_score", "d_acc_real", "d_acc_fake", "g_norm", "d_norm",
+                                "grad_pix", "grad_feat", "grad_style", "grad_adv"}  # fmt: skip
     assert ("path" in lines[-1]) == (variant == "msg-ada") == ("ada_p" in lines[-1])
     assert lines[-1].get("ada_p", 0.0) == adversary["augment._extra_state"]["p"]
     assert (whole(variant) / "recon_0003.png").exists()
@@ -519,10 +554,10 @@ def test_the_copy_of_d_moves_only_when_it_is_due(tmp_path, shapes_folder, monkey
     micro-batches."""
     copies, losses = [], pm.Adversary.losses
 
-    def watched(self, model, discriminator, imgs, step):
+    def watched(self, model, discriminator, imgs, step, measure):
         state = self.frozen.state_dict()
         copies.append(torch.cat([v.flatten().float() for v in state.values()]))
-        return losses(self, model, discriminator, imgs, step)
+        return losses(self, model, discriminator, imgs, step, measure)
 
     monkeypatch.setattr(pm.Adversary, "losses", watched)
     train("ls", tmp_path, shapes_folder, "--epochs", "2", "--accumulate", "2")
@@ -552,3 +587,26 @@ def test_learning_rates_decay_every_30_epochs(tmp_path, shapes_folder):
     assert [x["lr"] for x in metrics(tmp_path)] == [0.001] * 30 + [0.0005]
     groups = weights(tmp_path, "d_optimizer")["param_groups"]
     assert all(group["lr"] == 1.5e-3 and group["betas"] == (0.9, 0.95) for group in groups)
+
+
+@pytest.mark.parametrize("variant", ["ls", "msg"])
+def test_without_losses_of_d_there_is_no_d(variant, tmp_path, shapes_folder):
+    """L1 on all pixels of all scales, by plain gradient descent on the model alone."""
+    flags = ["--feature-weight", "0", "--style-weight", "0", "--adv-weight", "0"]
+    flags += ["--scale-weight", "0.5", "--lr", "0.01"]
+    train(variant, tmp_path, shapes_folder, "--epochs", "15", *flags)
+    first, *_, last = metrics(tmp_path)
+    assert last["loss"] < 0.9 * first["loss"]
+    assert not first.keys() & {"d_loss", "feat", "grad_pix", "ada_p"}
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert "model" in state and not state.keys() & {"adversary", "d_optimizer"}
+    torch.manual_seed(0)
+    model = pm.build(settings(variant))
+    fake = model.images(model(torch.randn(4, 3, 16, 16))[0])
+    real = [torch.randn_like(x) for x in fake]
+    expected = (fake[0] - real[0]).abs().mean()
+    expected = expected + 0.5 * sum((f - r).abs().mean() for f, r in zip(fake[1:], real[1:]))  # noqa: B905
+    loss = pm.pixel_loss(fake, real, 0.5)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert all(p.grad is not None for p in pm.trainable(model))
