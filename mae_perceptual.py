@@ -24,12 +24,12 @@ If --feature-weight, --style-weight and --adv-weight are all 0, there is no D: L
     python eval_linear.py runs/mae_perceptual-demo --baseline   # then: is the encoder any good?
 
 The first takes 2.6 minutes on two cores of a 2.5 GHz Xeon; its linear probe, of three seeds on one
-core of an AMD EPYC, gives TODO-MEASURE (untrained, one seed: 45.6).
-For CIFAR-10 see the README. On a GPU: not yet measured.
+core of an AMD EPYC, gives TODO-MEASURE (untrained, one seed: 45.6). For CIFAR-10 see the README. On
+a GPU: not yet measured.
 
 Equation -> code. x image, y reconstruction (of all patches, nothing pasted in), f_j feature maps
 of a frozen copy of the discriminator D; images are normalised, for D and the losses too.
-    L_pix   = mean |y - x|, + w times that of each smaller image    pixel_loss
+    L_pix   = mean |y - x|                                          pixel_loss
     L_feat  = sum_j mean |f_j(y) - f_j(x)|                          feature_loss
     L_style = sum_j mean |G f_j(y) - G f_j(x)|, G F = F F' / CHW    style_loss, gram_matrix
     L_adv   = (D(y) - 1)^2 / 2     or  softplus(-D(y))              ls_g_loss, logistic_g_loss
@@ -40,58 +40,52 @@ of a frozen copy of the discriminator D; images are normalised, for D and the lo
     path    = 2 (|J'n| - its running mean)^2, added to L_G; every 4th step, then 4-fold;
               J = dy/dtokens of the decoder, n normal noise / side of the image    PathLength
     p       up if E[sign D(x)] > 0.6, else down                     AdaptiveAugment.update
-The weights are those of "imagenet", where w = 0.
 
-In metrics.jsonl: loss is L_G; pix, feat, style, adv are its terms before their weights; d_loss is
-L_D without R1; r1 and path are penalties before their weights, on the steps that have them;
-real_score and fake_score are the means of D(x) and D(y), d_acc_real and d_acc_fake the shares of
-real images and of fakes that D tells (score above or below 0; least squares: 1/2); g_norm and
-d_norm are norms of the gradients for the parameters; ada_p is p.
-grad_pix, grad_feat, grad_style, grad_adv, on the epoch's last step: how hard each weighted term of
-L_G pulls at y, where 1 is the pull of mean |y - x|. A term far below 0.1 does nothing, one above 2
-takes over: change its weight. D should be right for 55 to 95 % of the images: below, it teaches
-nothing (raise --disc-lr, lower --r1-gamma), above, it has won (lower --disc-lr).
+In metrics.jsonl: loss is L_G; pix, feat, style, adv its terms before their weights; d_loss is L_D
+without R1; r1 and path are penalties before their weights, on the steps that have them; real_score
+and fake_score the means of D(x) and D(y); d_acc_real and d_acc_fake the shares of x and y on the
+right side of 0 (logistic) or 1/2; g_norm and d_norm the players' gradient norms; ada_p is p.
+grad_pix, grad_feat, grad_style and grad_adv, on an epoch's last step, say how hard each weighted
+term pulls at y: the root mean square over pixels of its gradient, 1 for mean |y - x|. Far below 0.1
+a term does nothing, above 2 it takes over: change its weight. D should be right about 55 to 95 % of
+the images: below, it teaches nothing (--disc-lr up, --r1-gamma down), above, it has won.
 
 Provenance
-    component                                           source
-    perceptual and style loss in features of D          paper
-    multi-scale gradients, StyleGAN2-ADA                paper
-    weights of the losses; which maps are features;     authors' code
-      a new copy of D every 5 epochs; L_pix of the
-      full-size image only
-    skips and image heads of the decoder, their order   authors' code
-    layers of both discriminators, gamma of R1          authors' code
-    numbers in PRESETS["imagenet"]                      authors' code
-    logistic loss, lazy R1, path length, the            Karras et al. 2020, whom the paper names
-      augmentations (drawn anew for reals and fakes)
-      and the rule for p
-    PRESETS["imagenet-mae"], initialisation, loss       MAE's paper and code
-    width of fromRGB; which convolution widens;         our choice
-      anti-aliased real pyramid; fewer layers of the
-      one-scale D at small images; no random gamma and
-      gain of colours; bf16 on GPUs; "demo" and "cifar"
+    paper            perceptual and style loss in features of D; multi-scale gradients; the use of
+                     StyleGAN2-ADA
+    authors' code    weights and features of the losses; L_pix at full size alone; a new copy of D
+                     every 5 epochs; the decoder's skips and image heads, in this order; layers of
+                     both discriminators; gamma of R1; the numbers in PRESETS["imagenet"]
+    Karras et al.    2020, named by the paper: logistic loss, lazy R1, path length, rule for p, and
+                     the augmentations (drawn anew for reals and fakes)
+    He et al.        paper and code: PRESETS["imagenet-mae"]; initialisation; MAE's loss
+    our choice       "demo" and "cifar"; width of fromRGB; which convolution widens; anti-aliased
+                     real pyramid; fewer layers of the one-scale D at small images; no random
+                     gamma and gain of colours; bf16 on GPUs
 
 Known deviations
-    what                                                consequence
-    D and the generator step at the same time           one forward pass of each; no micro-batch is
-                                                        kept for a second one
-    BatchNorm of "ls" and minibatch deviation of the    keep at least 4 images in a micro-batch
-      others are of a process and micro-batch
-    R1 is of D's input after augmentation               none while p is 0
-    R1 has the 1/2 and the factor 16 of a lazy term     8 times the authors' R1 at the same gamma,
-                                                        far above Karras et al.'s rule, 0.0002
-                                                        side^2 / batch
-    lr and betas are not corrected for lazy terms, as   lr is 17/16 (D) and 5/4 (G) of what
-      in the authors' code                              StyleGAN2's correction would leave
-    augmentation resamples bilinearly                   grid_sample has no second derivative
-    path length is of the full-size image, for the      smaller images and skips are not
-      encoder's last tokens                             regularised
-    its running mean starts at the first measurement    at 0 it would first pull lengths to 0
-PRESETS_DEV
-    warm-up is at most a fifth of --epochs              none in the published recipes
-    defects of the released code are mended: perceptual losses without gradient, an L1 counted
-    twice, scores averaged before they are squared, a copy of D that was not frozen, two scales with
-    one fromRGB, blocks that never ran, two forward passes a step
+    what                                               consequence
+    "demo", "cifar": --scale-weight 1, L_pix of the    without, these are noise, which changes so
+      smaller images, too                              fast that D falls to chance
+    "demo", "cifar": --normalize-features by the root  D's features grow, and are larger in "ls": of
+      mean square of the real image's map              the same weight, L_style pulls up to 50 x
+    "demo", "cifar": weights of L_style, L_adv, R1;    balanced by grad_* and d_acc_*
+      D's learning rate; new copies of D sooner
+    D and the generator step at the same time          one forward pass of each; no micro-batch is
+                                                       kept for a second one
+    BatchNorm of "ls", minibatch deviation of the      keep at least 4 images in a micro-batch
+      others: of a process and micro-batch
+    R1 is of D's input after augmentation              none while p is 0
+    R1 has the 1/2 and the factor 16 of a lazy term    8 times the authors' R1 at the same gamma
+                                                       (Karras et al.: 0.0002 side^2 / batch)
+    lr and betas are not corrected for lazy terms      lr is 17/16 (D) and 5/4 (G) of StyleGAN2's
+    path length starts at its first measurement, and   from 0, it would outweigh L_pix; smaller
+      is of the full image, for the last tokens        images and skips are not regularised
+    augmentation resamples bilinearly                  grid_sample has no second derivative
+    warm-up is at most a fifth of --epochs             none in the published recipes
+    mended defects of the released code: perceptual losses without gradient, an L1 counted twice,
+    scores averaged before they are squared, a copy of D that was not frozen, two scales with one
+    fromRGB, blocks that never ran, two forward passes a step
 """
 
 import copy
@@ -136,9 +130,7 @@ class Config(common.Config):
                              "scale_weight", "r1_gamma", "path_weight")  # fmt: skip
         common.check_numbers(self, 1e-30, "lr_decay", "disc_lr", "refresh_epochs")
         if self.variant == "mae" and self.lr_decay is not None:
-            raise common.UserError(
-                "--variant mae has warm-up and cosine, not --lr-decay: use --preset imagenet-mae"
-            )
+            raise common.UserError("--variant mae has no --lr-decay: use --preset imagenet-mae")
         if self.lr_decay is not None and self.warmup_epochs:
             raise common.UserError("--lr-decay has no warm-up: add --warmup-epochs 0")
         if self.disc_width < 32 or self.disc_width % 32:
@@ -150,13 +142,15 @@ PRESETS = {
         data="shapes", img_size=32, patch_size=4, size="tiny", depth=4,
         decoder_dim=64, decoder_depth=4, decoder_heads=2, min_crop=0.5,
         epochs=1, batch_size=32, base_lr=1.2e-2, warmup_epochs=0.3, knn_every=10,
-        disc_width=64, disc_lr=1.5e-3, adv_weight=0.1, refresh_epochs=0.1,
+        disc_width=64, disc_lr=5e-4, style_weight=2.0, adv_weight=0.1, scale_weight=1.0,
+        normalize_features=True, r1_gamma=0.01, refresh_epochs=0.1,
     ),
     "cifar": dict(  # ours
         data="cifar10", img_size=32, patch_size=4, size="tiny",
         decoder_dim=96, decoder_depth=4, decoder_heads=3,
         epochs=200, batch_size=256, base_lr=1e-3, warmup_epochs=10,
-        disc_width=128, disc_lr=1e-3, adv_weight=0.1,
+        disc_width=128, disc_lr=5e-4, style_weight=2.0, adv_weight=0.1, scale_weight=1.0,
+        normalize_features=True, r1_gamma=0.01, refresh_epochs=0.5,
     ),
     "imagenet": dict(  # Perceptual MAE, the authors' code
         data="imagenet", img_size=224, patch_size=16, size="base", mask_ratio=0.75,
@@ -209,15 +203,13 @@ class MSGDecoder(common.Decoder):
         scales = image_scales(size)
         if depth < len(scales):
             raise common.UserError(
-                f"{size} px images have {len(scales)} scales ({', '.join(map(str, scales))}) and "
-                f"need as many decoder blocks: --decoder-depth {len(scales)}, not {depth}; or "
-                f"--img-size below {4 * 2**depth}; or --variant ls"
+                f"{size} px images have {len(scales)} scales and need as many decoder blocks: "
+                f"--decoder-depth {len(scales)}, not {depth}; or --img-size below {4 * 2**depth}; "
+                "or --variant ls"
             )
         if depth > len(encoder.blocks):
-            raise common.UserError(
-                f"a decoder of {depth} blocks takes maps from {depth - 1} encoder blocks before "
-                f"the last: --depth {depth} or more, not {len(encoder.blocks)}"
-            )
+            least = f"--depth {depth} or more, not {len(encoder.blocks)}"
+            raise common.UserError(f"--decoder-depth {depth} takes maps of as many blocks: {least}")
         patch, kernels = self.pred.out_features, [3, *[5] * (len(scales) - 2)]
         self.fuse = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(depth - 1))
         self.preds = nn.ModuleList(nn.Linear(dim, patch) for _ in kernels)
