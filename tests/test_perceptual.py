@@ -566,12 +566,13 @@ def test_a_run(variant, whole):
 
 def test_the_copy_of_d_moves_only_when_it_is_due(tmp_path, shapes_folder, monkeypatch):
     """Every second step of an epoch of four, BatchNorm's statistics included; never between
-    micro-batches."""
-    copies, losses = [], pm.Adversary.losses
+    micro-batches. Gradients are measured on the epoch's last step."""
+    copies, measured, losses = [], [], pm.Adversary.losses
 
     def watched(self, model, discriminator, imgs, step, measure):
         state = self.frozen.state_dict()
         copies.append(torch.cat([v.flatten().float() for v in state.values()]))
+        measured.append(measure)
         return losses(self, model, discriminator, imgs, step, measure)
 
     monkeypatch.setattr(pm.Adversary, "losses", watched)
@@ -579,6 +580,7 @@ def test_the_copy_of_d_moves_only_when_it_is_due(tmp_path, shapes_folder, monkey
     assert len(copies) == 2 * 8 and all(map(torch.equal, copies[::2], copies[1::2]))
     moved = [not torch.equal(a, b) for a, b in itertools.pairwise(copies[::2])]
     assert moved == [step % 2 == 0 for step in range(1, 8)]
+    assert measured == 2 * [*6 * [False], True, True]
 
 
 def test_one_generator_and_two_discriminator_passes_a_step(tmp_path, shapes_folder, monkeypatch):
@@ -605,11 +607,14 @@ def test_learning_rates_decay_every_30_epochs(tmp_path, shapes_folder):
 
 
 @pytest.mark.parametrize("variant", ["ls", "msg"])
-def test_without_losses_of_d_there_is_no_d(variant, tmp_path, shapes_folder):
+def test_without_losses_of_d_there_is_no_d(variant, tmp_path, shapes_folder, monkeypatch):
     """L1 on all pixels of all scales, by plain gradient descent on the model alone."""
     flags = ["--feature-weight", "0", "--style-weight", "0", "--adv-weight", "0"]
     flags += ["--scale-weight", "0.5", "--lr", "0.01"]
+    seen, pixel_loss = set(), pm.pixel_loss
+    monkeypatch.setattr(pm, "pixel_loss", lambda *args: seen.add(args[2]) or pixel_loss(*args))
     train(variant, tmp_path, shapes_folder, "--epochs", "15", *flags)
+    assert seen == {0.5}
     first, *_, last = metrics(tmp_path)
     assert last["loss"] < 0.9 * first["loss"]
     assert not first.keys() & {"d_loss", "feat", "grad_pix", "ada_p"}
@@ -621,7 +626,7 @@ def test_without_losses_of_d_there_is_no_d(variant, tmp_path, shapes_folder):
     real = [torch.randn_like(x) for x in fake]
     expected = (fake[0] - real[0]).abs().mean()
     expected = expected + 0.5 * sum((f - r).abs().mean() for f, r in zip(fake[1:], real[1:]))  # noqa: B905
-    loss = pm.pixel_loss(fake, real, 0.5)
+    loss = pixel_loss(fake, real, 0.5)
     torch.testing.assert_close(loss, expected)
     loss.backward()
     assert all(p.grad is not None for p in pm.trainable(model))
