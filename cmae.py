@@ -35,9 +35,9 @@ Equation -> code. Views 1 and 2 of an image, the same patches hidden in both; L 
     crop    : RandomResizedCrop's, but with its middle in the box          sample_contrastive_crop
 In metrics.jsonl: loss is L; recon is L_rec, the sum over views; contrastive and contrastive_acc,
 the share of queries whose nearest key is their image's; position and position_acc (by chance, one
-of the places that are not given); in epochs with new boxes box_area, the mean share of an image
-that its box covers, and box_area_shuffled, the same after the cells of all maps are permuted: if
-they are equal, the heat is scattered and not in one place.
+of the places that are not given); box_area, the mean share of an image that its box covers, 1 until
+there are boxes, and box_area_shuffled, the same after the cells of all maps are permuted: if they
+are equal, the heat is scattered and not in one place.
 
 Provenance
     component                                           source
@@ -332,6 +332,7 @@ class ContrastiveCrop(nn.Module):
         self.size, self.scale, self.alpha, self.views = size, (min_crop, 1.0), alpha, views
         self.register_buffer("boxes", torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(count, 1))
         self.register_buffer("known", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("areas", torch.ones(2))  # of the boxes, and of shuffled maps' boxes
         self.share_memory()
 
     def forward(self, imgs: Tensor, index: Tensor) -> tuple[Tensor, ...]:
@@ -352,9 +353,9 @@ class ContrastiveCrop(nn.Module):
         size = [self.size, self.size]
         return (v2.functional.resize(imgs, size, interpolation=common.BICUBIC),)
 
-    def update(self, run: common.Run, encoder: common.ViT, images: common.Images) -> dict:
-        """New boxes from the encoder's tokens of whole images, and a picture of some. Returns their
-        mean area, and that of boxes of the same maps with their cells permuted."""
+    def update(self, run: common.Run, encoder: common.ViT, images: common.Images) -> None:
+        """New boxes from the encoder's tokens of whole images, and a picture of some. Their mean
+        area, and that of boxes of the same maps with their cells permuted."""
         size = (self.size, self.size)
         order = torch.randperm(encoder.num_patches, generator=common.seeded("shuffle"))
 
@@ -366,13 +367,12 @@ class ContrastiveCrop(nn.Module):
         found, _ = common.outputs(run, encoder, find, images, self.size, view=self.whole)
         self.boxes.copy_(found[:, 0])
         self.known.fill_(True)
+        self.areas.copy_((found[:, :, 2:] - found[:, :, :2]).prod(dim=2).mean(dim=0))
         if run.rank == 0:
             imgs = common.example_images(images, self.size, run.device, view=self.whole)
             boxes = self.boxes[common.evenly_spaced(len(images), len(imgs))]
             path = run.folder / f"boxes_{run.epoch:04d}.png"
             common.save_grid(path, draw_boxes(encoder, imgs, boxes))
-        area, shuffled = (found[:, :, 2:] - found[:, :, :2]).prod(dim=2).mean(dim=0).tolist()
-        return dict(box_area=area, box_area_shuffled=shuffled)
 
 
 @torch.no_grad()
@@ -438,9 +438,9 @@ def main(cfg: Config) -> None:
     ddp = run.wrap(model)
     fifth = max(1, round(0.2 * cfg.epochs))
     for epoch in run.epochs():
-        areas, resumed = {}, run.step % loader.steps > 0  # in mid-epoch, and so with its boxes
+        resumed = run.step > (epoch - 1) * loader.steps  # in mid-epoch, and so with its boxes
         if cfg.crop == "contrastive" and epoch > 1 and (epoch - 1) % fifth == 0 and not resumed:
-            areas = crops.update(run, model.encoder, train)
+            crops.update(run, model.encoder, train)
         for micro_batches in run.steps():
             run.set_lr(optimizer)
             if contrast:
@@ -452,6 +452,7 @@ def main(cfg: Config) -> None:
                 run.backward(loss)
                 run.log(loss=loss, **stats)
             run.update(optimizer)
+        areas = dict(zip(("box_area", "box_area_shuffled"), crops.areas.tolist(), strict=True))
         run.end_epoch(model.encoder, picture=lambda: reconstruct(model, examples), **areas)
     common.finish(run)
 

@@ -212,17 +212,17 @@ def test_boxes_are_updated_kept_and_restored(tmp_path):
     run.epoch = 2
     crops = cmae.ContrastiveCrop(37, 16, 0.2, 0.1, views=2)
     assert crops.boxes.unique(dim=0).tolist() == [[0, 0, 1, 1]] and not crops.known
-    areas = crops.update(run, model.encoder, images)
+    crops.update(run, model.encoder, images)
     small = v2.functional.resize(imgs, [16, 16], v2.InterpolationMode.BICUBIC)
     with torch.no_grad():
         heat = cmae.saliency(model.encoder, common.normalize(small))
     torch.testing.assert_close(crops.boxes, cmae.boxes_from_heatmaps(heat, (16, 16)))
     order = torch.randperm(16, generator=common.seeded("shuffle"))
     shuffled = torch.stack([x.flatten()[order].view(4, 4) for x in heat])
-    for name, x in (("box_area", heat), ("box_area_shuffled", shuffled)):
+    for x, area in zip((heat, shuffled), crops.areas, strict=True):
         top, left, bottom, right = cmae.boxes_from_heatmaps(x, (16, 16)).T
-        assert areas[name] == pytest.approx(((bottom - top) * (right - left)).mean().item())
-    assert areas["box_area"] != areas["box_area_shuffled"]
+        torch.testing.assert_close(area, ((bottom - top) * (right - left)).mean())
+    assert crops.areas[0] != crops.areas[1]
     assert crops.known and model.encoder.training
     assert (tmp_path / "boxes_0002.png").exists()
     other = cmae.ContrastiveCrop(37, 16, 0.2, 0.1, views=2)
@@ -465,9 +465,9 @@ def compute_part(folder) -> None:
     loss.backward()
     imgs, labels = common.draw_shapes(37, 16, 0)
     crops = cmae.ContrastiveCrop(37, 16, 0.2, 0.1, views=2)
-    areas = crops.update(run, model.encoder, common.Images(labels, ["a"], pixels=imgs))
+    crops.update(run, model.encoder, common.Images(labels, ["a"], pixels=imgs))
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    result = stats, gradients, dict(model.named_buffers()), crops.boxes.clone(), areas
+    result = stats, gradients, dict(model.named_buffers()), crops.state_dict()
     torch.save(result, f"{folder}/{run.world}-{run.rank}.pt")
 
 
@@ -478,7 +478,7 @@ def test_two_processes_compute_what_one_does_with_the_whole_batch(tmp_path):
     compute_part(tmp_path)
     assert in_processes(2, compute_part, tmp_path) == [0, 0]
     one, *two = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
-    for stats, gradients, buffers, boxes, areas in two:
+    for stats, gradients, buffers, crops in two:
         assert stats["contrastive"].item() == pytest.approx(one[0]["contrastive"].item(), rel=1e-5)
         assert stats["contrastive_acc"] == one[0]["contrastive_acc"]
         assert gradients.keys() == one[1].keys()
@@ -486,7 +486,8 @@ def test_two_processes_compute_what_one_does_with_the_whole_batch(tmp_path):
             torch.testing.assert_close(x, one[1][name], atol=1e-5, rtol=1e-3, msg=name)
         for name, x in buffers.items():
             torch.testing.assert_close(x, one[2][name], atol=1e-6, rtol=1e-4, msg=name)
-        assert torch.equal(boxes, one[3]) and boxes.min() < 0.5 < boxes.max() and areas == one[4]
+        assert all(torch.equal(x, one[3][name]) for name, x in crops.items())
+        assert crops["boxes"].min() < 0.5 < crops["boxes"].max() and crops["areas"].max() < 1
     assert two[0][0]["recon"] != two[1][0]["recon"]
 
 
@@ -511,9 +512,8 @@ def test_a_run(whole):
         assert terms <= line.keys()
         expected = line["recon"] + 0.1 * line["contrastive"] + 0.1 * line["position"]
         assert line["loss"] == pytest.approx(expected, rel=1e-5)
-    assert "box_area" not in lines[0] and all(
-        0 < x[name] < 1 for x in lines[1:] for name in ("box_area", "box_area_shuffled")
-    )
+    for name in ("box_area", "box_area_shuffled"):
+        assert lines[0][name] == 1 and all(0 < x[name] < 1 for x in lines[1:])
     with Image.open(folder / "boxes_0005.png") as picture:
         assert picture.width > 8 * 90 and picture.height > 2 * 90
 
