@@ -61,6 +61,7 @@ Provenance
 
 Known deviations
     what                                                consequence
+    heat of tokens, not attention or channels' sums     an object that fills its image is missed
     normalised patches as in MAE; SDMAE: raw pixels     flat patches count as much as others
     positions asked of view 1; SDMAE: of both views     view 2 trains no position
     GELU in the position head; SDMAE: no activation     its two linear layers are not one
@@ -222,10 +223,10 @@ class CMAE(nn.Module):
         gradient: recon; with contrast contrastive, contrastive_acc; with prediction position,
         position_acc. With `momentum`, momentum_step first: not when compiled, as a number that
         changes would be compiled anew."""
-        if momentum is not None:
-            self.momentum_step(momentum)
         if (view2 is None) == (self.contrastive_weight > 0):
             raise common.UserError("contrast takes two views; without it there is one")
+        if momentum is not None and self.contrastive_weight:
+            self.momentum_step(momentum)
         imgs, count = view1 if view2 is None else torch.cat([view1, view2]), len(view1)
         views, vit = len(imgs) // count, self.encoder
         visible, mask = common.random_masking(count, vit.num_patches, self.mask_ratio, imgs.device)

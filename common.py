@@ -1075,6 +1075,8 @@ def read_checkpoint(path) -> dict:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; name a file in it, such as encoder.pt") from None
     except Exception:  # of many types: zip, pickle, storage
         raise UserError(f"{path} is truncated or not a checkpoint") from None
     if not isinstance(loaded, dict):

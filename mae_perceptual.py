@@ -11,7 +11,7 @@ encoder's feature maps (multi-scale gradients); StyleGAN2-ADA's way to train the
     ls           MAE's          one scale, least squares                       yes
     msg          multi-scale    multi-scale, least squares                     yes
     msg-ada      multi-scale    multi-scale, logistic, R1, path length, ADA    yes: the full method
-If --feature-weight, --style-weight and --adv-weight are all 0, there is no D: L_pix alone.
+If --feature-weight, --style-weight and --adv-weight are all 0, there is L_pix alone: no D, no path.
 
     python mae_perceptual.py                                    # built-in images, all of the method
     python mae_perceptual.py --variant mae --out runs/mae-demo  # the same with plain MAE
@@ -46,9 +46,9 @@ without R1; r1 and path are penalties before their weights, on the steps that ha
 and fake_score the means of D(x) and D(y); d_acc_real and d_acc_fake the shares of x and y on the
 right side of 0 (logistic) or 1/2; g_norm and d_norm the players' gradient norms; ada_p is p.
 grad_pix, grad_feat, grad_style and grad_adv, on an epoch's last step, say how hard each weighted
-term pulls at y: the root mean square over pixels of its gradient, 1 for mean |y - x|. Far below 0.1
-a term does nothing, above 2 it takes over: change its weight. D should be right about 55 to 95 % of
-the images: below, it teaches nothing (--disc-lr up, --r1-gamma down), above, it has won.
+term pulls at the full-size y: the root mean square over pixels of its gradient, 1 for L_pix. Far
+below 0.1 a term does nothing, above 2 it takes over: change its weight. D should be right about 55
+to 95 % of the images: below, it teaches nothing (--disc-lr up, --r1-gamma down), above, it has won.
 
 Provenance
     paper            perceptual and style loss in features of D; multi-scale gradients; the use of
@@ -413,7 +413,8 @@ class Adversary(nn.Module):
 
         Both losses come from the same forward passes. So D's must be differentiated for D's
         parameters alone, as if the fakes were detached, and the generator's for its own alone."""
-        with_path, with_r1 = (self.ada and step % n == 0 for n in (self.path_every, self.r1_every))
+        with_path = self.ada and self.path_weight > 0 and step % self.path_every == 0
+        with_r1 = self.ada and self.r1_gamma > 0 and step % self.r1_every == 0
         with ExitStack() as options:
             if with_path:  # neither fused attention nor compiled code has a second derivative
                 options.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -619,7 +620,7 @@ def gan_step(run: common.Run, micro_batches, model: nn.Module, discriminator: nn
              adversary: Adversary, optimizer, d_optimizer) -> None:
     if run.step % max(1, round(run.cfg.refresh_epochs * run.loader.steps)) == 0:
         adversary.refresh()
-    measure = (run.step + 1) % run.loader.steps == 0  # at an epoch's end
+    measure = run.step + 1 == run.last_step or (run.step + 1) % run.loader.steps == 0
     for imgs, _ in micro_batches:
         with run.autocast():
             g_loss, d_loss, stats = adversary.losses(model, discriminator, imgs, run.step, measure)

@@ -323,10 +323,11 @@ def test_files_that_are_no_checkpoints(tmp_path):
     common.save_encoder(tmp_path / "whole.pt", vit, {})
     whole = (tmp_path / "whole.pt").read_bytes()
     (tmp_path / "truncated.pt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "folder.pt").mkdir()
     for name, message in (
         ("tensor", "holds a Tensor"), ("head", "holds no ViT"), ("text", "not a checkpoint"),
         ("keys", "holds no ViT"), ("odd", "holds no ViT"), ("shape", "does not describe a ViT"),
-        ("truncated", "truncated"), ("absent", "no such file"),
+        ("truncated", "truncated"), ("absent", "no such file"), ("folder", "is a folder; name a file"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             common.load_encoder(tmp_path / f"{name}.pt")

@@ -489,6 +489,9 @@ def test_lazy_regularisers_come_at_their_steps_and_with_their_weights():
         path, r1 = terms.get("path", torch.zeros(())), terms.get("r1", torch.zeros(()))
         torch.testing.assert_close(g_loss, terms["loss"] + 4 * 2 * path)
         torch.testing.assert_close(d_loss, terms["d_loss"] + 16 * 10 / 2 * r1)
+    adversary.r1_gamma = adversary.path_weight = 0.0  # switch them off
+    assert not adversary.losses(model, adversary.discriminator, imgs, 0)[2].keys() & {"r1", "path"}
+    adversary.r1_gamma, adversary.path_weight = 10.0, 2.0
     real = [x.requires_grad_() for x in pm.image_pyramid(imgs, [16, 8, 4])]  # R1: at all scales
     gradients = torch.autograd.grad(adversary.discriminator(real)[0].sum(), real)
     expected = sum(g.square().sum() for g in gradients) / 4
