@@ -219,9 +219,9 @@ def homologous_contrastive_loss(z: Tensor, source: Tensor, tau: float) -> Tensor
 
 
 def own_image_auc(z: Tensor, source: Tensor) -> Tensor:
-    """z (groups, L, D), source (groups, L) -> scalar: of all patches l, a, b of a mixture, a another
-    one of the image of l, b of another image, the share with cos(z_l, z_a) > cos(z_l, z_b), a tie
-    as a half. It is the mean area under the patches' ROC curves: 1 is best, 0.5 chance."""
+    """z (groups, L, D), source (groups, L) -> scalar: of all patches l, a, b of a mixture, a and l
+    of one image, b of another, the share with cos(z_l, z_a) > cos(z_l, z_b), a tie as a half. It is
+    the mean area under the patches' ROC curves: 1 is best, 0.5 chance."""
     z = F.normalize(z.float(), dim=2)
     cosine, own = z @ z.mT, source[:, :, None] == source[:, None]
     itself = torch.eye(z.shape[1], dtype=torch.bool, device=z.device)
@@ -305,7 +305,7 @@ class MixedAE(nn.Module):
 
 @torch.no_grad()
 def recognition(model: MixedAE, imgs: Tensor) -> dict[str, float]:
-    """topk_content, homo_content and own_image_auc, that is, without segments: of imgs (N, C, H, W),
+    """topk_content, homo_content and own_image_auc, so without segments: of imgs (N, C, H, W),
     in groups and mixtures that are random, but the same every time."""
     size, generator = model.group_size, common.seeded("recognition")
     groups = max(1, len(imgs) // size)
