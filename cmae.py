@@ -16,8 +16,9 @@ at the encoder's output; ContrastiveCrop, so that both views have the object in 
         cmae.py --preset tiny-imagenet --data tiny-imagenet-200
     python eval_linear.py runs/cmae-demo --baseline             # then: is the encoder any good?
 
-The first takes TODO-MEASURE minutes on two cores of a 2.5 GHz Xeon; linear probe TODO-MEASURE %
-(untrained TODO-MEASURE). On a GPU: not yet measured.
+The first takes 2.6 minutes on two cores of a 2.5 GHz Xeon; its linear probe, of three seeds on one
+core of an AMD EPYC, gives 59.0, 60.4 and 61.5 % (untrained, one seed: 40.8). On a GPU: not yet
+measured.
 
 Equation -> code. Views 1 and 2 of an image, the same patches hidden in both; L patches, tau 0.2.
     L_rec   = MAE's loss of view 1 + MAE's loss of view 2                        CMAE.forward
