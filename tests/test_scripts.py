@@ -288,7 +288,7 @@ def test_compiled_runs_draw_save_and_resume(tmp_path, shapes_folder):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("method, term, limit", [
-    ("mae", "loss", 3), ("msg-ada", "pix", 2), ("mixed_ae", "recon", 2), ("cmae", "loss", 5),
+    ("mae", "loss", 3), ("msg-ada", "pix", 3), ("mixed_ae", "recon", 2), ("cmae", "loss", 5),
     ("supervised_mim", "loss", 6),
 ])  # fmt: skip
 def test_half_precision_trains_and_resumes(
@@ -565,7 +565,7 @@ def test_an_error_in_a_real_process_is_one_line_without_traceback():
 @pytest.mark.parametrize("method, flags, ranges", [
     ("mae", ["--decoder-depth", "2", "--variant", "mae"], {"loss": (0.5, 1.3)}),
     ("msg-ada", ["--depth", "4", "--decoder-depth", "4", "--batch-size", "16"],
-     {"pix": (0.4, 0.95)}),
+     {"pix": (1.6, 3.4)}),
     ("mixed_ae", ["--decoder-depth", "1"], {"recon": (0.5, 1.3), "topk_accuracy": (0.2, 0.4)}),
     ("cmae", [], {"recon": (1.0, 2.4), "contrastive_acc": (2 / 64, 1)}),
     ("supervised_mim",
@@ -574,7 +574,8 @@ def test_an_error_in_a_real_process_is_one_line_without_traceback():
      {"class_loss": (0, math.log(10)), "token_loss": (0, math.log(64))}),
 ])  # fmt: skip
 def test_real_images_learn(method, flags, ranges, cifar_folder, tmp_path):
-    """CIFAR-10 as a user has it, in 50 steps. Untrained, the loss of mae is about 1.4, pix 1."""
+    """CIFAR-10 as a user has it, in 50 steps. Untrained, the loss of mae is about 1.4, pix,
+    of four scales, 4."""
     script = METHODS[method].script
     arguments = [
         "--preset", "cifar", "--data", str(cifar_folder), "--device", "cpu", "--workers", "0",
