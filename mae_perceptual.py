@@ -41,14 +41,16 @@ of a frozen copy of the discriminator D; images are normalised, for D and the lo
               J = dy/dtokens of the decoder, n normal noise / side of the image    PathLength
     p       up if E[sign D(x)] > 0.6, else down                     AdaptiveAugment.update
 
-In metrics.jsonl: loss is L_G; pix, feat, style, adv its terms before their weights; d_loss is L_D
-without R1; r1 and path are penalties before their weights, on the steps that have them; real_score
-and fake_score the means of D(x) and D(y); d_acc_real and d_acc_fake the shares of x and y on the
-right side of 0 (logistic) or 1/2; g_norm and d_norm the players' gradient norms; ada_p is p.
-grad_pix, grad_feat, grad_style and grad_adv, on an epoch's last step, say how hard each weighted
-term pulls at the full-size y: the root mean square over pixels of its gradient, 1 for L_pix. Far
-below 0.1 a term does nothing, above 2 it takes over: change its weight. D should be right about 55
-to 95 % of the images: below, it teaches nothing (--disc-lr up, --r1-gamma down), above, it has won.
+In metrics.jsonl: loss is L_G; pix (of all scales, with --scale-weight), feat, style, adv its terms
+before their weights; d_loss is L_D without R1; r1 and path are penalties before their weights, on
+the steps that have them; real_score and fake_score the means of D(x) and D(y); d_acc_real and
+d_acc_fake the shares of x and y on the right side of 0 (logistic) or 1/2; g_norm and d_norm the
+players' gradient norms; ada_p is p.
+grad_pix, grad_feat, grad_style and grad_adv, on the last step of an epoch or run, say how hard each
+weighted term pulls at the full-size y: the root mean square over pixels of its gradient, 1 for
+L_pix. Far below 0.1 a term does nothing, above 2 it takes over: change its weight. D should be
+right about 55 to 95 % of the images: below, it teaches nothing (--disc-lr up, --r1-gamma down),
+above, it has won.
 
 Provenance
     paper            perceptual and style loss in features of D; multi-scale gradients; the use of
