@@ -372,7 +372,7 @@ class ContrastiveCrop(nn.Module):
         self.areas.copy_((found[:, :, 2:] - found[:, :, :2]).prod(dim=2).mean(dim=0))
         if run.rank == 0:
             imgs = common.example_images(images, self.size, run.device, view=self.whole)
-            boxes = self.boxes[common.evenly_spaced(len(images), len(imgs))]
+            boxes = self.boxes[common.evenly_spaced(images, len(imgs))]
             path = run.folder / f"boxes_{run.epoch:04d}.png"
             common.save_grid(path, draw_boxes(encoder, imgs, boxes))
 

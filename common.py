@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -387,7 +388,14 @@ def data_loader(batches: Batches, keys: list, device, workers: int, persistent: 
         batches, sampler=keys, batch_size=None, num_workers=workers,
         persistent_workers=persistent and workers > 0,
         pin_memory=batches.single and torch.device(device).type == "cuda",
+        worker_init_fn=ignore_signals,
     )  # fmt: skip
+
+
+def ignore_signals(worker: int) -> None:
+    """Loader processes live until the run that they belong to has saved."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def normalized(batches, device) -> Iterator[tuple[Tensor, ...]]:
@@ -457,13 +465,15 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         torch.set_float32_matmul_precision("high")  # fp32 products may use TF32 on a GPU
         torch.manual_seed(random_seed("init", cfg.seed))
-        self.step, self.lr, self.ddp = 0, 0.0, []
-        self.sums, self.history = {}, []
+        self.step, self.ended, self.lr, self.ddp = 0, 0, 0.0, []  # ended: the epochs done with
+        self.sums, self.history, self.speed = {}, [], {}
+        self.signal, self.saved = 0, time.monotonic()
 
     def start(self, loader: TrainLoader, val: "Images | None" = None, **state) -> None:
         """Take the data and everything that has a state (model=, optimizer=, ...). If the folder
         has a checkpoint, `resume` compares its settings, then loads every state, the step and the
-        metrics; `epochs` and `steps` go on from that step. Print what is about to happen."""
+        metrics; `epochs` and `steps` go on from that step. Print what is about to happen. From now
+        on SIGTERM and Ctrl-C only ask the run to save and stop, after the step."""
         cfg, self.loader, self.state = self.cfg, loader, state
         self.val = val if val and val.classes and loader.images.classes else None
         self.total = cfg.epochs * loader.steps
@@ -472,6 +482,13 @@ class Run:
         self.peak_lr = cfg.base_lr * cfg.batch_size / 256 if cfg.lr is None else cfg.lr
         open_folder(self)
         announce(self)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame) -> None:
+        self.signal = number
+        if self.world == 1:  # a second one ends at once; launchers of many processes send several
+            signal.signal(number, signal.SIG_DFL)
 
     def wrap(self, model: nn.Module, compile: bool = True) -> nn.Module:
         """The model to call in the loop: compiled in place if --compile says so and `compile` does
@@ -488,31 +505,54 @@ class Run:
         return model
 
     def epochs(self) -> Iterator[int]:
-        """The epochs that are still to do, counted from 1."""
-        while self.step < self.last_step:
-            self.epoch = self.step // self.loader.steps + 1
+        """The epochs that are still to do, counted from 1. One that was stopped after its last step
+        has no steps any more, but its end."""
+        while self.step < self.last_step or self.step // self.loader.steps > self.ended:
+            self.epoch = self.ended + 1
             yield self.epoch
 
     def steps(self) -> Iterator[Iterator[tuple[Tensor, ...]]]:
         """The epoch's steps that are still to do; each is an iterator over its micro-batches."""
         first, end = self.step, min(self.epoch * self.loader.steps, self.last_step)
-        batches, begin = self.loader.batches(first), time.perf_counter()
-        self.sums, self.waited = {}, 0.0
+        batches, begin, self.waited = self.loader.batches(first), time.perf_counter(), 0.0
         every = 1 if self.device.type == "cpu" else 20  # reading values waits for the GPU
-        title = f"epoch {self.epoch}/{self.cfg.epochs}"
+        title, told = f"epoch {self.epoch}/{self.cfg.epochs}", begin
         with tqdm(total=end - first, desc=title, disable=True if self.rank > 0 else None) as bar:
             while self.step < end:
                 yield self._micro_batches(batches)
                 self.step += 1
                 bar.update()
-                if self.step == end or self.step % every == 0:
-                    self.means, seconds = self._read_means(), time.perf_counter() - begin
-                    images = (self.step - first) * self.cfg.batch_size
-                    self.speed = {"images_per_s": round(images / seconds, 1),
-                                  "data_wait": round(self.waited / seconds, 4)}  # fmt: skip
-                    bar.set_postfix(
-                        loss=f"{self.means['loss']:.4f}", lr=f"{self.lr:.2e}", **self.speed
-                    )
+                urgent = self.signal and self.world == 1
+                if not (urgent or self.step == end or self.step % every == 0):
+                    continue
+                means, now = self._read_means(), time.perf_counter()
+                images = (self.step - first) * self.cfg.batch_size
+                self.speed = {"images_per_s": round(images / (now - begin), 1),
+                              "data_wait": round(self.waited / (now - begin), 4)}  # fmt: skip
+                values = dict(loss=f"{means['loss']:.4f}", lr=f"{self.lr:.2e}", **self.speed)
+                bar.set_postfix(values)
+                if bar.disable and now - told > 60:  # a sign of life in a log file
+                    told, text = now, "  ".join(f"{k} {x}" for k, x in values.items())
+                    self.print(f"{title}  step {self.step}  {text}")
+                if self.step % self.loader.steps == 0:
+                    for model in self.ddp:
+                        average_buffers(model)
+                self._save_or_stop()
+
+    def _save_or_stop(self) -> None:
+        """Between two steps: save if it is time, save and stop if a signal came; all processes do
+        the same."""
+        late = time.monotonic() - self.saved > 60 * self.cfg.save_minutes
+        wishes = torch.tensor([self.signal, late], device=self.device)
+        if self.world > 1:
+            dist.all_reduce(wishes, dist.ReduceOp.MAX)
+        number, late = wishes.tolist()
+        if number or late:
+            self._share_sums()
+            self._save()
+        if number:
+            self.print(f"stopped after step {self.step}; run the same command again to go on")
+            sys.exit(128 + number)
 
     def _micro_batches(self, batches: Iterator) -> Iterator[tuple[Tensor, ...]]:
         for micro in range(self.cfg.accumulate):
@@ -558,10 +598,15 @@ class Run:
 
     def log(self, **values: Tensor) -> None:
         """Scalars of a micro-batch or step, among them `loss`; metrics.jsonl has their means over
-        the epoch. A value need not come in every step."""
+        the epoch and all processes. A value need not come in every step."""
         for name, x in values.items():
             total, count = self.sums.get(name, (0.0, 0))
             self.sums[name] = total + x.detach().double(), count + 1
+
+    def _share_sums(self) -> None:
+        totals = mean_over_processes(torch.stack([total for total, _ in self.sums.values()]))
+        counts = (count for _, count in self.sums.values())
+        self.sums = dict(zip(self.sums, zip(totals, counts, strict=True), strict=True))
 
     def _read_means(self) -> dict[str, float]:
         """Means of this epoch so far. UserError if one is not finite: training has failed."""
@@ -579,20 +624,25 @@ class Run:
     def end_epoch(self, encoder: ViT | None = None, picture=None, **results: float) -> None:
         """Log the epoch, with `results` if any; measure kNN and draw the picture if they are due;
         save the checkpoint and the encoder. `picture()` gives the rows of `save_grid`."""
-        means = mean_over_processes(torch.tensor(list(self.means.values()), device=self.device))
-        metrics = {"epoch": self.epoch, "step": self.step}
-        metrics |= dict(zip(self.means, means.tolist(), strict=True))
+        self._share_sums()
+        metrics = {"epoch": self.epoch, "step": self.step, **self._read_means()}
         metrics |= {"lr": self.lr, **self.speed, **results}
         if self.val is not None and self.due(self.cfg.knn_every):
             metrics |= knn_monitor(self, encoder)
         self.history.append(metrics)
+        if self.step == self.epoch * self.loader.steps:  # not stopped in its middle by --steps
+            self.ended, self.sums = self.epoch, {}
         words = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
         self.print("  ".join(words))
+        self._save(encoder)
+        if picture and self.rank == 0 and self.due(self.cfg.recon_every):
+            torch.manual_seed(random_seed("picture", self.cfg.seed))  # always the same masks
+            save_grid(self.folder / f"recon_{self.epoch:04d}.png", picture())
+
+    def _save(self, encoder: ViT | None = None) -> None:
+        self.saved = time.monotonic()
         if self.rank == 0:
             save(self, encoder)
-            if picture and self.due(self.cfg.recon_every):
-                torch.manual_seed(random_seed("picture", self.cfg.seed))  # always the same masks
-                save_grid(self.folder / f"recon_{self.epoch:04d}.png", picture())
 
     def print(self, text: str) -> None:
         if self.rank == 0:
@@ -632,6 +682,7 @@ class TrainConfig:
     weight_decay: float = 0.05  # decoupled, on matrices only
     clip_grad: float | None = None  # largest gradient norm; try 1 if the loss jumps
     out: str | None = None  # run folder; by default runs/<script>-<preset>
+    save_minutes: float = 15.0  # save within an epoch, too, after so many minutes
     restart: bool = False  # delete the run that the folder holds and start over
     workers: int = 4  # processes that decode images, where the set does not fit in memory
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU if there is one
@@ -642,7 +693,7 @@ class TrainConfig:
     def check(self) -> None:
         """Raise UserError for values that cannot work."""
         check_numbers(self, 1, "epochs", "steps", "batch_size", "accumulate")
-        check_numbers(self, 0, "workers", "seed", "weight_decay", "warmup_epochs")
+        check_numbers(self, 0, "workers", "seed", "weight_decay", "warmup_epochs", "save_minutes")
         check_numbers(self, 1e-30, "base_lr", "lr", "clip_grad")
         if self.out and self.data and Path(self.out).resolve() == Path(self.data).resolve():
             raise UserError(f"--out {self.out} is the data; choose a folder of its own")
@@ -675,10 +726,10 @@ class Config(TrainConfig):
         return ViT(self.img_size, self.patch_size, **shape)
 
 
-# A resumed run may change these: they say where and how it runs, not what it computes. (Of
-# `accumulate`, the product with the number of processes counts, which is compared beside them.)
-RESUMABLE = {"out", "restart", "steps", "data_dir", "workers", "device", "compile", "accumulate",
-             "knn_every", "recon_every"}  # fmt: skip
+# A resumed run may change these: they say where and how it runs, not what it computes. (Compared
+# are: the product of `accumulate` and the number of processes; of `data`, what is in it.)
+RESUMABLE = {"out", "restart", "steps", "save_minutes", "data", "data_dir", "init_from", "workers",
+             "device", "compile", "accumulate", "knn_every", "recon_every"}  # fmt: skip
 
 
 def check_numbers(cfg, least: float, *names: str) -> None:
@@ -860,19 +911,22 @@ def folder_images(root: Path, split: str, device) -> Images | None:
     )
     if not paths:
         raise UserError(f"no images under {folder} (looked for {' '.join(sorted(IMAGE_SUFFIXES))})")
-    parents = [path.relative_to(folder).parts[:-1] for path in paths]
+    names = [path.relative_to(folder).parts[0] for path in paths]  # of class folders, if any
     if (annotations := folder / "val_annotations.txt").is_file():  # Tiny-ImageNet's val/
         lines = (line.split("\t") for line in annotations.read_text().splitlines())
         class_of = {name: class_name for name, class_name, *_ in lines}
-        parents = [(class_of.get(path.name, f"(unknown, of {path.name})"),) for path in paths]
-    labels, classes = torch.full((len(paths),), -1), []
-    if has_splits and all(parents):  # every image lies in a class folder
+        names = [class_of.get(path.name, path.name) for path in paths]
+    classes, labels = [], torch.full((len(paths),), -1)
+    if has_splits:
         classes = sorted(entry.name for entry in (root / "train").iterdir() if entry.is_dir())
     if classes:
-        if unknown := sorted({parent[0] for parent in parents} - set(classes)):
-            raise UserError(f"{folder} has classes that train/ lacks: {', '.join(unknown[:5])}")
         number = {name: i for i, name in enumerate(classes)}
-        labels = torch.tensor([number[parent[0]] for parent in parents])
+        labels = torch.tensor([number.get(name, -1) for name in names])
+        if (labels < 0).any():
+            raise UserError(
+                f"{paths[labels.argmin()]} is in none of the {len(classes)} class folders that "
+                f"{root / 'train'} has"
+            )
     images = Images(labels, classes, paths=paths)
     return decode_all(images, folder, device) or images
 
@@ -1037,18 +1091,20 @@ class CentreCrop:
         return (imgs,)
 
 
-def evenly_spaced(count: int, limit: int | None) -> Tensor:
-    """Indices of at most `limit` of `count` images, in order."""
-    limit = min(limit or count, count)
-    return torch.linspace(0, count - 1, limit, dtype=torch.float64).long()
+def evenly_spaced(images: Images, limit: int | None) -> Tensor:
+    """Indices of all images or of at most `limit`, in order: labelled ones, if there are any."""
+    known = (images.labels >= 0).nonzero()[:, 0]
+    index = known if limit and len(known) else torch.arange(len(images))
+    limit = min(limit or len(index), len(index))
+    return index[torch.linspace(0, len(index) - 1, limit, dtype=torch.float64).long()]
 
 
 def eval_batches(images: Images, size: int, device, limit: int | None = None, workers: int = 0,
                  share: bool = True, view=None) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields normalised images (b, 3, size, size) and labels (b,), in order, by `view`, which is
-    CentreCrop(size) unless given. At most `limit` images, evenly spaced. With several processes
-    each gets its `share`; `gather_rows` brings results together."""
-    index = evenly_spaced(len(images), limit)
+    CentreCrop(size) unless given; see `evenly_spaced` for `limit`. With several processes each gets
+    its `share`; `gather_rows` brings results together."""
+    index = evenly_spaced(images, limit)
     if share and dist.is_initialized():
         index = index[dist.get_rank() :: dist.get_world_size()]
     if not len(index):  # fewer images than processes
@@ -1188,6 +1244,13 @@ def mean_over_processes(x: Tensor) -> Tensor:
     return x
 
 
+def average_buffers(model: nn.Module) -> None:
+    """Give all processes the mean of their running statistics."""
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(mean_over_processes(buffer))
+
+
 def gather_rows(x: Tensor) -> Tensor:
     """The rows of all processes, by rank; their numbers may differ. No gradient."""
     if not dist.is_initialized():
@@ -1206,7 +1269,7 @@ def gather_rows(x: Tensor) -> Tensor:
 def open_folder(run: Run) -> None:
     """Go on from the folder's checkpoint, if there is one; with --restart, delete it and the rest
     of the run, but not what a flag names. UserError if the checkpoint is of another run or damaged,
-    or the folder not to be written to."""
+    or the folder in use or not to be written to."""
     cfg, folder, images = run.cfg, run.folder, run.loader.images
     named = {Path(x).resolve() for x in vars(cfg).values() if isinstance(x, str)}  # by a flag
     run.identity = dataclasses.asdict(cfg) | {  # what a run has in common with one it resumes
@@ -1214,21 +1277,35 @@ def open_folder(run: Run) -> None:
         "class names (checksum)": zlib.crc32("/".join(images.classes).encode()),
         "processes x accumulate": run.world * cfg.accumulate,
     }  # fmt: skip
+    if run.rank == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            run.lock = lock(folder)  # held as long as the process lives
+        except BlockingIOError:
+            raise UserError(f"--out {folder}: another process is training there") from None
+        except OSError as error:
+            raise UserError(f"--out {folder}: {error}") from error
     if run.resumes:
         resume(run, run.found)
     if run.world > 1:
         dist.barrier()  # nobody writes before all have read
     if run.rank == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            patterns = ("*.pt", "*.json", "*.jsonl", "*_[0-9][0-9][0-9][0-9].png")
-            for pattern in patterns if run.found and cfg.restart else ():
-                for path in folder.glob(pattern):
-                    if path.resolve() not in named:
-                        path.unlink()
-        except OSError as error:
-            raise UserError(f"--out {folder}: {error}") from error
+        patterns = ("*.pt", "*.json", "*.jsonl", "*_[0-9][0-9][0-9][0-9].png")
+        for pattern in patterns if run.found and cfg.restart else ():
+            for path in folder.glob(pattern):
+                if path.resolve() not in named:
+                    path.unlink()
         write_text(folder / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2))
+
+
+def lock(folder: Path):
+    """A file in the folder that is locked for this process. BlockingIOError if it is already."""
+    file = open(folder / ".lock", "w")
+    with suppress(ImportError):  # there is none on Windows
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file
 
 
 def resume(run: Run, found: list[Path]) -> None:
@@ -1242,7 +1319,7 @@ def resume(run: Run, found: list[Path]) -> None:
     if saved.get("script") != run.script:
         author = saved.get("script", "another program")
         raise UserError(f"{path} is by {author}, not {run.script}; choose another --out")
-    if not {"identity", "history"} <= saved.keys():
+    if not {"identity", "history", "sums"} <= saved.keys():
         raise UserError(f"{path} is by another version of {run.script}; use another --out")
     new, old = run.identity, saved["identity"]
     differ = [k for k in new | old if k not in RESUMABLE and new.get(k) != old.get(k)]
@@ -1251,7 +1328,10 @@ def resume(run: Run, found: list[Path]) -> None:
         raise UserError(f"{path} has other settings: {changes}; use another --out or --restart")
     for name, target in (run.state | {"scaler": run.scaler}).items():
         load_strictly(target, saved.get(name), path)
-    run.step, run.history = saved["step"], saved["history"]
+    run.step, run.ended, run.lr = (saved[name] for name in ("step", "epoch", "lr"))
+    run.history = saved["history"][: run.ended]  # without an epoch that --steps left unfinished
+    run.sums = {name: (torch.tensor(total, dtype=torch.float64, device=run.device), count)
+                for name, (total, count) in saved["sums"].items()}  # fmt: skip
 
 
 def announce(run: Run) -> None:
@@ -1278,16 +1358,20 @@ def announce(run: Run) -> None:
         run.print("  no kNN: that takes labels, class folders in train/ and val/")
 
 
-def save(run: Run, encoder: ViT | None) -> None:
-    """metrics.jsonl, encoder.pt, checkpoint.pt. The last comes last, so that whatever a kill leaves
-    undone is done again after resuming."""
-    config = dataclasses.asdict(run.cfg)
+def save(run: Run, encoder: ViT | None = None) -> None:
+    """metrics.jsonl, encoder.pt if there is an encoder, checkpoint.pt. The last comes last, so that
+    whatever a kill leaves undone is done again after resuming. UserError, and all files stay as
+    they are, if weights are not finite."""
+    config, states = dataclasses.asdict(run.cfg), run.state | {"scaler": run.scaler}
+    content = {k: x.state_dict() for k, x in states.items()}
+    if not all(x.isfinite().all() for x in content["model"].values()):
+        raise not_finite(run, {"weights": math.nan})
     write_text(run.folder / "metrics.jsonl", "\n".join(map(json.dumps, run.history)))
     if encoder:
         save_encoder(run.folder / "encoder.pt", encoder, config)
-    content = {"script": run.script, "config": config, "identity": run.identity,
-               "step": run.step, "epoch": run.epoch, "history": run.history}  # fmt: skip
-    content |= {k: x.state_dict() for k, x in (run.state | {"scaler": run.scaler}).items()}
+    content |= {"script": run.script, "config": config, "identity": run.identity,
+                "step": run.step, "epoch": run.ended, "history": run.history, "lr": run.lr,
+                "sums": {k: (float(total), count) for k, (total, count) in run.sums.items()}}  # fmt: skip
     write_atomically(
         run.folder / CHECKPOINT, lambda file: torch.save(content, file), run.folder / PREVIOUS
     )
@@ -1306,12 +1390,16 @@ def not_finite(run: Run, means: dict[str, float]) -> UserError:
 
 def finish(run: Run) -> None:
     """Say what was left out, what came out, and what to do next."""
-    images = run.loader.images
-    if skipped := int(images.unreadable.sum()):
-        run.print(f"skipped {skipped} unreadable of {len(images)} images; others stood in")
+    say_unreadable(run.loader.images, run.val)
     run.print(f"pictures, logs and encoder.pt are in {run.folder}")
     if run.val is not None:
         run.print(f"next: python eval_linear.py {run.folder} --baseline")
+
+
+def say_unreadable(*sets: Images | None) -> None:
+    for images in sets:
+        if images and (count := int(images.unreadable.sum())) and not int(os.environ.get("RANK", 0)):
+            print(f"skipped {count} unreadable of {len(images)} images; others stood in")
 
 
 def write_atomically(path: Path, write, keep: Path | None = None) -> None:
@@ -1397,10 +1485,8 @@ def knn_monitor(run: Run, encoder: ViT) -> dict[str, float]:
     validation images among 5000 training images. eval_linear.py --mode knn uses all."""
 
     def features(images: Images, limit: int) -> tuple[Tensor, Tensor]:
-        x, labels = outputs(
-            run, encoder, lambda imgs: encoder(imgs)[:, 0], images, run.cfg.img_size, limit
-        )
-        return x[labels >= 0], labels[labels >= 0]
+        size = run.cfg.img_size
+        return outputs(run, encoder, lambda imgs: encoder(imgs)[:, 0], images, size, limit)
 
     train, (test, labels) = features(run.loader.images, 5000), features(run.val, 1000)
     ks = {"knn": 20, "retrieval_1nn": 1}

@@ -351,6 +351,7 @@ def main(cfg: Config) -> None:
     if cfg.baseline:
         results["untrained"] = measure("-untrained")
         line += f" (untrained {results['untrained']['top1']:.1f})"
+    common.say_unreadable(train, val)
     entries[cfg.mode] = results | {"encoder": str(path), "settings": settings}
     if int(os.environ.get("RANK", 0)) == 0:
         common.write_atomically(file, lambda f: f.write(json.dumps(entries, indent=2).encode()))

@@ -194,7 +194,7 @@ def test_outputs_are_in_the_set_s_order_however_many_processes_make_them(tmp_pat
         every, some = torch.load(tmp_path / f"{name}.pt")
         assert torch.equal(every[1], labels)
         torch.testing.assert_close(every[0], means)
-        index = common.evenly_spaced(601, 10)
+        index = common.evenly_spaced(common.Images(labels, [], pixels), 10)
         assert index[0] == 0 and index[-1] == 600 and torch.equal(some[1], labels[index])
         torch.testing.assert_close(some[0], means[index])
 
@@ -298,7 +298,7 @@ def test_the_layout_of_tiny_imagenet(tmp_path):
     assert train.labels.tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 2]
     assert val.labels.tolist() == [2, 1, 0]
     annotations.write_text("".join(lines))
-    with pytest.raises(UserError, match=r"classes that train/ lacks: \(unknown, of 0001\.png\)"):
+    with pytest.raises(UserError, match=r"0001\.png is in none of the 3 class folders"):
         common.load_images(str(tmp_path), "val", 16)
 
 
@@ -314,8 +314,13 @@ def test_folder_mistakes(tmp_path, shapes_folder):
         common.load_images(str(tmp_path / "bad"), "train", 16)
     write_images(tmp_path / "odd" / "train" / "cat", 1, 16, 0, labelled=False)
     write_images(tmp_path / "odd" / "val" / "dog", 1, 16, 0, labelled=False)
-    with pytest.raises(UserError, match="classes that train/ lacks: dog"):
+    with pytest.raises(UserError, match=r"dog/0000\.png is in none of the 1 class folders"):
         common.load_images(str(tmp_path / "odd"), "val", 16)
+    for split in ("train", "val"):  # one image beside class folders
+        write_images(tmp_path / "stray" / split / "cat", 2, 16, 0, labelled=False)
+        write_images(tmp_path / "stray" / split, 1, 16, 0, labelled=False)
+        with pytest.raises(UserError, match=rf"{split}/0000\.png is in none of the 1 class folders"):
+            common.load_images(str(tmp_path / "stray"), split, 16)
     with pytest.raises(UserError, match="--batch-size 80 is more than the 64 images"):
         make_loader(common.load_images(str(shapes_folder), "train", 16), batch_size=80)
 
@@ -356,6 +361,8 @@ def test_stl10_from_a_miniature_of_its_files(tmp_path, monkeypatch):
     (folder / "fold_indices.txt").write_text("0 1\n")
     pretrain = common.load_images("stl10", "pretrain", 96, tmp_path)
     assert pretrain.labels.tolist() == [0, 1, -1, -1] and pretrain.pixels.shape == (4, 3, 96, 96)
+    assert common.evenly_spaced(pretrain, 2).tolist() == [0, 1]  # for monitors, labelled ones
+    assert common.evenly_spaced(pretrain, None).tolist() == [0, 1, 2, 3]
     train = common.load_images("stl10", "train", 96, tmp_path)
     assert train.labels.tolist() == [0, 1]
     stored = torch.from_numpy(rows).transpose(2, 3)  # the files are column by column

@@ -44,7 +44,7 @@ def test_run_folder(whole):
     out = whole("mae")
     names = {path.name for path in out.iterdir()}
     assert names == {"config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint.prev.pt",
-                     "encoder.pt", "recon_0002.png", "recon_0003.png"}  # fmt: skip
+                     "encoder.pt", ".lock", "recon_0002.png", "recon_0003.png"}  # fmt: skip
     lines = metrics(out)
     assert [(x["epoch"], x["step"]) for x in lines] == [(1, 4), (2, 8), (3, 12)]
     assert all({"loss", "lr", "images_per_s", "data_wait"} <= x.keys() for x in lines)
@@ -152,34 +152,58 @@ def test_stopped_and_resumed_equals_uninterrupted(method, whole, tmp_path, shape
         assert started == (tmp_path / "encoder.pt").exists() == ("--train-tokenizer" not in more)
     assert_same_state(tmp_path, whole(method))
 
-    stops = {int(n) for flag, n in (more for more in pieces if len(more) == 2)}
-    one, two = metrics(whole(method)), {line["step"]: line for line in metrics(tmp_path)}
-    assert list(two) == sorted(stops | {line["step"] for line in one})
-    for line in one:
-        if not stops & set(range(line["step"] - 3, line["step"])):  # an epoch in one piece
-            other = {k: two[line["step"]][k] for k in line}
-            speeds = {k: line[k] for k in ("images_per_s", "data_wait")}
-            assert other | speeds == line
+    for one, two in zip(metrics(whole(method)), metrics(tmp_path), strict=True):
+        names = one.keys() - {"images_per_s", "data_wait"}  # at a stop, kNN comes on top
+        assert {k: one[k] for k in names} == {k: two[k] for k in names}
 
 
-def train_until_killed(step: int, method: str, *arguments) -> None:
+def train_until(number: int, step: int, rank: int, *arguments) -> None:
+    """A signal comes in the middle of a step, to one of the processes."""
     update = common.Run.update
 
-    def update_then_die(run, *args, **kwargs):
+    def update_and_signal(run, *args, **kwargs):
         update(run, *args, **kwargs)
-        if run.step == step:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if run.step == step and run.rank == rank:
+            os.kill(os.getpid(), number)
 
-    common.Run.update = update_then_die
-    train(method, *arguments)
+    common.Run.update = update_and_signal
+    train(*arguments)
 
 
-def test_killed_in_mid_epoch_and_resumed_equals_uninterrupted(whole, tmp_path, shapes_folder):
+@pytest.mark.parametrize("number, step, flags, code, saved", [
+    (signal.SIGKILL, 6, [], -9, 4),  # in the second of three epochs of four steps
+    (signal.SIGKILL, 6, ["--save-minutes", "0"], -9, 6),
+    (signal.SIGTERM, 6, [], 143, 7),
+    (signal.SIGINT, 7, [], 130, 8),  # after an epoch's last step, before its end
+])  # fmt: skip
+def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(
+    number, step, flags, code, saved, whole, tmp_path, shapes_folder
+):
     arguments = ["mae", tmp_path, shapes_folder, *METHODS["mae"].whole]
-    assert in_processes(1, train_until_killed, 6, *arguments) == [-signal.SIGKILL]
-    assert weights(tmp_path, "step") == 4  # killed in the second of three epochs of four steps
+    assert in_processes(1, train_until, number, step, 0, *arguments, *flags) == [code]
+    assert weights(tmp_path, "step") == saved
     train(*arguments)
     assert_same_state(tmp_path, whole("mae"))
+    losses = ([line["loss"] for line in metrics(x)] for x in (tmp_path, whole("mae")))
+    assert next(losses) == next(losses)
+
+
+def test_a_signal_to_one_process_stops_all_and_they_resume(tmp_path, shapes_folder):
+    flags = [shapes_folder, "--epochs", "2"]
+    for folder, ends in (("whole", [None]), ("parts", [(signal.SIGTERM, 5, 1), None])):
+        arguments = ["mae", tmp_path / folder, *flags]
+        for end in ends:
+            call = (train_until, *end) if end else (train,)
+            assert in_processes(2, *call, *arguments) == ([143, 143] if end else [0, 0])
+    assert_same_state(tmp_path / "parts", tmp_path / "whole")
+    one, two = (metrics(tmp_path / folder)[-1]["loss"] for folder in ("whole", "parts"))
+    assert one == pytest.approx(two, rel=1e-12)
+
+
+def test_a_folder_in_use_takes_no_other_process(tmp_path, shapes_folder):
+    with common.lock(tmp_path):
+        assert in_processes(1, train, "mae", tmp_path, shapes_folder) == [2]
+    assert {path.name for path in tmp_path.iterdir()} == {".lock"}
 
 
 @pytest.mark.parametrize("method, flags", [
