@@ -804,6 +804,8 @@ def entry_point(main):
             print("interrupted; run the same command again to go on", file=sys.stderr, flush=True)
             sys.exit(130)
         finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             if dist.is_initialized():
                 dist.destroy_process_group()
 
