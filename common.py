@@ -847,11 +847,15 @@ class Images:
 
 
 def read_image(path: Path) -> Tensor | None:
-    """RGB (3, H, W) uint8; None, with a warning that names the file, if it cannot be decoded."""
+    """RGB (3, H, W) uint8, the first frame, as it is stored: like torchvision, without turning it by
+    EXIF. None, with a warning that names the file, if it cannot be decoded."""
     try:
         with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16 bits, which convert() would clip, not scale
-                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+            if image.mode[0] in "IF":  # convert() would clip 16 bits, not scale them
+                deep = np.asarray(image)
+                if image.mode == "F" or deep.max() >= 1 << 16:
+                    raise ValueError("no range is agreed on for 32 bits a pixel")
+                image = Image.fromarray((deep // 256).astype(np.uint8))
             image = image.convert("RGBA" if image.mode == "P" else "RGB").convert("RGB")
             return v2.functional.pil_to_tensor(image)
     except Exception as error:  # damaged files make decoders raise anything, even SyntaxError
@@ -905,12 +909,13 @@ def folder_images(root: Path, split: str, device) -> Images | None:
     folder = root / ("val" if split == "val" else "train") if has_splits else root
     if not folder.is_dir() or (split == "val" and not has_splits):
         return None
-    paths = sorted(
-        Path(parent) / file
-        for parent, _, files in os.walk(folder, followlinks=True)
-        for file in files
-        if Path(file).suffix.lower() in IMAGE_SUFFIXES
-    )
+    paths = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        here = Path(parent)
+        paths += [here / file for file in files if Path(file).suffix.lower() in IMAGE_SUFFIXES]
+        place = here.resolve()  # a link to this or above would lead in circles
+        folders[:] = [x for x in folders if not place.is_relative_to((here / x).resolve())]
+    paths.sort()
     if not paths:
         raise UserError(f"no images under {folder} (looked for {' '.join(sorted(IMAGE_SUFFIXES))})")
     names = [path.relative_to(folder).parts[0] for path in paths]  # of class folders, if any

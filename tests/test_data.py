@@ -264,9 +264,17 @@ def test_modes_of_images(tmp_path):
     grey.save(tmp_path / "grey.png")
     grey.convert("P").save(tmp_path / "palette.png", transparency=3)
     grey.convert("RGBA").save(tmp_path / "rgba.png")
+    frames = dict(save_all=True, append_images=[grey.transpose(Image.Transpose.ROTATE_90)])
+    grey.save(tmp_path / "animated ö.WebP", lossless=True, **frames)
+    turned = Image.Exif()
+    turned[0x112] = 6  # to be shown turned, which is left out, as by torchvision
+    grey.save(tmp_path / "turned.png", exif=turned)
+    (tmp_path / "circle").symlink_to(tmp_path)
+    for name, kind in (("float", np.float32), ("integer", np.int32)):
+        Image.fromarray(100 * ramp.astype(kind)).save(tmp_path / f"{name}.tif")
     expected = torch.from_numpy(ramp // 256).to(torch.uint8).expand(3, -1, -1)
     images = common.load_images(str(tmp_path), "train", 8)
-    assert len(images) == 4 and all(torch.equal(pixels, expected) for pixels in images.pixels)
+    assert len(images) == 6 and all(torch.equal(pixels, expected) for pixels in images.pixels)
 
 
 def test_folder_layouts(tmp_path, shapes_folder):
