@@ -200,6 +200,35 @@ def test_a_signal_to_one_process_stops_all_and_they_resume(tmp_path, shapes_fold
     assert one == pytest.approx(two, rel=1e-12)
 
 
+def average_of_ranks(folder) -> None:
+    run, model = common.Run(settings("mae", "--out", folder)), torch.nn.BatchNorm1d(3)
+    model.running_mean.fill_(run.rank)
+    common.average_buffers(model)
+    torch.save(model.state_dict(), folder / f"{run.rank}.pt")
+
+
+def test_processes_share_running_statistics(tmp_path):
+    assert in_processes(2, average_of_ranks, tmp_path) == [0, 0]
+    for rank in range(2):
+        assert torch.load(tmp_path / f"{rank}.pt")["running_mean"].tolist() == [0.5] * 3
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, shapes_folder, capsys, monkeypatch):
+    train("mae", tmp_path, shapes_folder, "--epochs", "2", "--steps", "4")
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    end_epoch = common.Run.end_epoch
+
+    def spoilt(run, encoder, *args, **results):
+        encoder.cls_token.data.fill_(math.nan)
+        end_epoch(run, encoder, *args, **results)
+
+    monkeypatch.setattr(common.Run, "end_epoch", spoilt)
+    flags = ["--out", tmp_path, "--data", shapes_folder, *TINY, *MAE, "--epochs", "2"]
+    error = mistake(capsys, mae_perceptual, *flags)
+    assert "not finite by step 8: weights nan" in error and "last good checkpoint" in error
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
 def test_a_folder_in_use_takes_no_other_process(tmp_path, shapes_folder):
     with common.lock(tmp_path):
         assert in_processes(1, train, "mae", tmp_path, shapes_folder) == [2]
