@@ -847,8 +847,8 @@ class Images:
 
 
 def read_image(path: Path) -> Tensor | None:
-    """RGB (3, H, W) uint8, the first frame, as it is stored: like torchvision, without turning it by
-    EXIF. None, with a warning that names the file, if it cannot be decoded."""
+    """RGB (3, H, W) uint8, the first frame as it is stored: like torchvision, not turned by EXIF.
+    None, with a warning that names the file, if it cannot be decoded."""
     try:
         with Image.open(path) as image:
             if image.mode[0] in "IF":  # convert() would clip 16 bits, not scale them
@@ -1376,9 +1376,9 @@ def save(run: Run, encoder: ViT | None = None) -> None:
     write_text(run.folder / "metrics.jsonl", "\n".join(map(json.dumps, run.history)))
     if encoder:
         save_encoder(run.folder / "encoder.pt", encoder, config)
-    content |= {"script": run.script, "config": config, "identity": run.identity,
-                "step": run.step, "epoch": run.ended, "history": run.history, "lr": run.lr,
-                "sums": {k: (float(total), count) for k, (total, count) in run.sums.items()}}  # fmt: skip
+    sums = {name: (float(total), count) for name, (total, count) in run.sums.items()}
+    content |= {"script": run.script, "config": config, "identity": run.identity, "sums": sums,
+                "step": run.step, "epoch": run.ended, "history": run.history, "lr": run.lr}
     write_atomically(
         run.folder / CHECKPOINT, lambda file: torch.save(content, file), run.folder / PREVIOUS
     )
@@ -1405,7 +1405,8 @@ def finish(run: Run) -> None:
 
 def say_unreadable(*sets: Images | None) -> None:
     for images in sets:
-        if images and (count := int(images.unreadable.sum())) and not int(os.environ.get("RANK", 0)):
+        count = int(images.unreadable.sum()) if images else 0
+        if count and int(os.environ.get("RANK", 0)) == 0:
             print(f"skipped {count} unreadable of {len(images)} images; others stood in")
 
 

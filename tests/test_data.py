@@ -327,7 +327,7 @@ def test_folder_mistakes(tmp_path, shapes_folder):
     for split in ("train", "val"):  # one image beside class folders
         write_images(tmp_path / "stray" / split / "cat", 2, 16, 0, labelled=False)
         write_images(tmp_path / "stray" / split, 1, 16, 0, labelled=False)
-        with pytest.raises(UserError, match=rf"{split}/0000\.png is in none of the 1 class folders"):
+        with pytest.raises(UserError, match=rf"{split}/0000\.png is in none of the 1 class"):
             common.load_images(str(tmp_path / "stray"), split, 16)
     with pytest.raises(UserError, match="--batch-size 80 is more than the 64 images"):
         make_loader(common.load_images(str(shapes_folder), "train", 16), batch_size=80)
