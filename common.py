@@ -450,6 +450,8 @@ class Run:
     (seed, epoch, micro-batch or image), the model's random numbers from (seed, step, micro-batch).
     So a run that was stopped and resumed repeats the uninterrupted one; on the CPU, bit for bit."""
 
+    signal = 0  # the last that came, to any run of this process
+
     def __init__(self, cfg: "TrainConfig"):
         self.script = Path(inspect.getfile(type(cfg))).name
         self.cfg, self.folder = cfg, Path(cfg.out or f"runs/{Path(self.script).stem}")
@@ -466,8 +468,9 @@ class Run:
         torch.set_float32_matmul_precision("high")  # fp32 products may use TF32 on a GPU
         torch.manual_seed(random_seed("init", cfg.seed))
         self.step, self.ended, self.lr, self.ddp = 0, 0, 0.0, []  # ended: the epochs done with
-        self.sums, self.history, self.speed = {}, [], {}
-        self.signal, self.saved = 0, time.monotonic()
+        self.sums, self.history = {}, []
+        self.speed = {"images_per_s": 0.0, "data_wait": 0.0}  # of an epoch without a step left
+        self.saved = time.monotonic()
 
     def start(self, loader: TrainLoader, val: "Images | None" = None, **state) -> None:
         """Take the data and everything that has a state (model=, optimizer=, ...). If the folder
@@ -482,11 +485,12 @@ class Run:
         self.peak_lr = cfg.base_lr * cfg.batch_size / 256 if cfg.lr is None else cfg.lr
         open_folder(self)
         announce(self)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._remember)
+        with suppress(ValueError):  # not the main thread
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame) -> None:
-        self.signal = number
+        Run.signal = number
         if self.world == 1:  # a second one ends at once; launchers of many processes send several
             signal.signal(number, signal.SIG_DFL)
 
@@ -534,12 +538,9 @@ class Run:
                 if bar.disable and now - told > 60:  # a sign of life in a log file
                     told, text = now, "  ".join(f"{k} {x}" for k, x in values.items())
                     self.print(f"{title}  step {self.step}  {text}")
-                if self.step % self.loader.steps == 0:
-                    for model in self.ddp:
-                        average_buffers(model)
-                self._save_or_stop()
+                self._save_or_stop(self.step == end)
 
-    def _save_or_stop(self) -> None:
+    def _save_or_stop(self, end: bool) -> None:
         """Between two steps: save if it is time, save and stop if a signal came; all processes do
         the same."""
         late = time.monotonic() - self.saved > 60 * self.cfg.save_minutes
@@ -547,11 +548,13 @@ class Run:
         if self.world > 1:
             dist.all_reduce(wishes, dist.ReduceOp.MAX)
         number, late = wishes.tolist()
+        for model in self.ddp if end or number or late else ():
+            average_buffers(model)
         if number or late:
-            self._share_sums()
             self._save()
         if number:
-            self.print(f"stopped after step {self.step}; run the same command again to go on")
+            again = "run the same command again, without --restart, to go on"
+            self.print(f"stopped after step {self.step}; {again}")
             sys.exit(128 + number)
 
     def _micro_batches(self, batches: Iterator) -> Iterator[tuple[Tensor, ...]]:
@@ -610,6 +613,7 @@ class Run:
 
     def _read_means(self) -> dict[str, float]:
         """Means of this epoch so far. UserError if one is not finite: training has failed."""
+        self._share_sums()
         totals = torch.stack([total for total, _ in self.sums.values()]).tolist()
         counts = [count for _, count in self.sums.values()]
         means = {k: x / n for k, x, n in zip(self.sums, totals, counts, strict=True)}
@@ -624,7 +628,6 @@ class Run:
     def end_epoch(self, encoder: ViT | None = None, picture=None, **results: float) -> None:
         """Log the epoch, with `results` if any; measure kNN and draw the picture if they are due;
         save the checkpoint and the encoder. `picture()` gives the rows of `save_grid`."""
-        self._share_sums()
         metrics = {"epoch": self.epoch, "step": self.step, **self._read_means()}
         metrics |= {"lr": self.lr, **self.speed, **results}
         if self.val is not None and self.due(self.cfg.knn_every):
@@ -643,6 +646,8 @@ class Run:
         self.saved = time.monotonic()
         if self.rank == 0:
             save(self, encoder)
+        if self.world > 1:
+            dist.barrier()  # a process that ends early makes launchers kill the others
 
     def print(self, text: str) -> None:
         if self.rank == 0:
@@ -804,8 +809,10 @@ def entry_point(main):
             print("interrupted; run the same command again to go on", file=sys.stderr, flush=True)
             sys.exit(130)
         finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            with suppress(ValueError):  # not the main thread
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            Run.signal = 0
             if dist.is_initialized():
                 dist.destroy_process_group()
 
@@ -853,7 +860,7 @@ def read_image(path: Path) -> Tensor | None:
         with Image.open(path) as image:
             if image.mode[0] in "IF":  # convert() would clip 16 bits, not scale them
                 deep = np.asarray(image)
-                if image.mode == "F" or deep.max() >= 1 << 16:
+                if image.mode == "F" or deep.min() < 0 or deep.max() >= 1 << 16:
                     raise ValueError("no range is agreed on for 32 bits a pixel")
                 image = Image.fromarray((deep // 256).astype(np.uint8))
             image = image.convert("RGBA" if image.mode == "P" else "RGB").convert("RGB")
@@ -913,8 +920,8 @@ def folder_images(root: Path, split: str, device) -> Images | None:
     for parent, folders, files in os.walk(folder, followlinks=True):
         here = Path(parent)
         paths += [here / file for file in files if Path(file).suffix.lower() in IMAGE_SUFFIXES]
-        place = here.resolve()  # a link to this or above would lead in circles
-        folders[:] = [x for x in folders if not place.is_relative_to((here / x).resolve())]
+        above = {x.resolve() for x in (here, *here.absolute().parents)}  # a link there is a circle
+        folders[:] = [x for x in folders if (here / x).resolve() not in above]
     paths.sort()
     if not paths:
         raise UserError(f"no images under {folder} (looked for {' '.join(sorted(IMAGE_SUFFIXES))})")
@@ -1306,12 +1313,17 @@ def open_folder(run: Run) -> None:
 
 
 def lock(folder: Path):
-    """A file in the folder that is locked for this process. BlockingIOError if it is already."""
+    """A file in the folder that is locked for this process, where the system has locks.
+    BlockingIOError if another process holds it."""
     file = open(folder / ".lock", "w")
-    with suppress(ImportError):  # there is none on Windows
-        import fcntl
+    try:
+        import fcntl  # not on Windows
 
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except (ImportError, OSError):  # file systems without locks
+        pass
     return file
 
 
@@ -1333,6 +1345,9 @@ def resume(run: Run, found: list[Path]) -> None:
     if differ:
         changes = ", ".join(f"{k} was {old.get(k)}, now {new.get(k)}" for k in differ)
         raise UserError(f"{path} has other settings: {changes}; use another --out or --restart")
+    for k in ("data", "init_from"):  # may have moved
+        if old.get(k) != new.get(k):
+            run.print(f"{k} was {old.get(k)}, now {new.get(k)}: taken to be the same")
     for name, target in (run.state | {"scaler": run.scaler}).items():
         load_strictly(target, saved.get(name), path)
     run.step, run.ended, run.lr = (saved[name] for name in ("step", "epoch", "lr"))
@@ -1359,7 +1374,7 @@ def announce(run: Run) -> None:
         f"  lr      {run.peak_lr:.3g}{rule}; {run.warmup:g} steps of warm-up\n"
         f"  folder  {run.folder}" + (f", resumed after step {run.step}" if run.step else "")
     )
-    if run.step >= run.last_step:
+    if run.step >= run.last_step and run.ended == run.step // loader.steps:
         run.print(f"nothing left to do: step {run.step} is done; --restart starts over")
     if getattr(cfg, "knn_every", 0) and run.val is None:
         run.print("  no kNN: that takes labels, class folders in train/ and val/")

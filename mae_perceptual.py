@@ -98,7 +98,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -401,11 +400,9 @@ class Adversary(nn.Module):
         self.path_weight, self.path_every = path_weight, path_every
 
     def refresh(self) -> None:
-        """Copy D, batch statistics included: those of the first process, as each has its own."""
+        """Copy D, with the mean of all processes' batch statistics."""
+        common.average_buffers(self.discriminator)
         self.frozen.load_state_dict(self.discriminator.state_dict())
-        if dist.is_initialized():
-            for buffer in self.frozen.buffers():
-                dist.broadcast(buffer, 0)
 
     def losses(self, model: nn.Module, discriminator: nn.Module, imgs: Tensor, step: int,
                measure: bool = False):

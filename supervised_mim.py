@@ -387,8 +387,8 @@ def train_tokenizer(run: common.Run, train: common.Images, val: common.Images | 
     cfg, parts = run.cfg, run.world * run.cfg.accumulate
     file = tokenizer_file(cfg)
     same = ("data", "data_dir", "img_size", "patch_size", "min_crop", "accumulate", "workers",
-            "device", "precision", "seed", "restart", "tokenizer_width", "codebook_size",
-            "codebook_dim")  # fmt: skip
+            "device", "precision", "seed", "restart", "save_minutes", "tokenizer_width",
+            "codebook_size", "codebook_dim")  # fmt: skip
     cfg = Config(  # nothing of the classifier's: its flags may change before this is finished
         **{name: getattr(cfg, name) for name in same}, out=str(file.parent),
         steps=cfg.steps if cfg.train_tokenizer else None, epochs=cfg.tokenizer_epochs,
