@@ -33,6 +33,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Literal
 
@@ -384,18 +385,21 @@ def data_loader(batches: Batches, keys: list, device, workers: int, persistent: 
     """A DataLoader of the batches with these keys; its worker processes are for images that are
     made one by one."""
     workers = workers if batches.single else 0
+    over = torch.zeros((), dtype=torch.bool).share_memory_()
+    Finalize(None, over.fill_, (True,), exitpriority=0)  # when this process ends, however
     return torch.utils.data.DataLoader(
         batches, sampler=keys, batch_size=None, num_workers=workers,
         persistent_workers=persistent and workers > 0,
         pin_memory=batches.single and torch.device(device).type == "cuda",
-        worker_init_fn=ignore_signals,
+        worker_init_fn=functools.partial(outlive_signals, over),
     )  # fmt: skip
 
 
-def ignore_signals(worker: int) -> None:
-    """Loader processes live until the run that they belong to has saved."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def outlive_signals(over: Tensor, worker: int) -> None:
+    """A signal that all processes get leaves a loader's in place, for the run has to save first; in
+    the end they are sent one more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if over else None)
 
 
 def normalized(batches, device) -> Iterator[tuple[Tensor, ...]]:
@@ -455,7 +459,7 @@ class Run:
     def __init__(self, cfg: "TrainConfig"):
         self.script = Path(inspect.getfile(type(cfg))).name
         self.cfg, self.folder = cfg, Path(cfg.out or f"runs/{Path(self.script).stem}")
-        self.found = [x for x in (self.folder / CHECKPOINT, self.folder / PREVIOUS) if x.exists()]
+        self.found = checkpoints(self.folder)
         self.resumes = bool(self.found) and not cfg.restart
         self.device = set_up_process(cfg.device)
         self.rank = int(os.environ.get("RANK", 0))
@@ -519,15 +523,14 @@ class Run:
         """The epoch's steps that are still to do; each is an iterator over its micro-batches."""
         first, end = self.step, min(self.epoch * self.loader.steps, self.last_step)
         batches, begin, self.waited = self.loader.batches(first), time.perf_counter(), 0.0
-        every = 1 if self.device.type == "cpu" else 20  # reading values waits for the GPU
-        title, told = f"epoch {self.epoch}/{self.cfg.epochs}", begin
+        title, told, look = f"epoch {self.epoch}/{self.cfg.epochs}", begin, first + 1
         with tqdm(total=end - first, desc=title, disable=True if self.rank > 0 else None) as bar:
             while self.step < end:
                 yield self._micro_batches(batches)
                 self.step += 1
                 bar.update()
                 urgent = self.signal and self.world == 1
-                if not (urgent or self.step == end or self.step % every == 0):
+                if not urgent and self.step not in (look, end):
                     continue
                 means, now = self._read_means(), time.perf_counter()
                 images = (self.step - first) * self.cfg.batch_size
@@ -538,24 +541,26 @@ class Run:
                 if bar.disable and now - told > 60:  # a sign of life in a log file
                     told, text = now, "  ".join(f"{k} {x}" for k, x in values.items())
                     self.print(f"{title}  step {self.step}  {text}")
-                self._save_or_stop(self.step == end)
+                look = self.step + self._save_or_stop(end, (now - begin) / (self.step - first))
 
-    def _save_or_stop(self, end: bool) -> None:
-        """Between two steps: save if it is time, save and stop if a signal came; all processes do
-        the same."""
+    def _save_or_stop(self, end: int, seconds: float) -> int:
+        """Between two steps, which take so many seconds: save if it is time, save and stop if a
+        signal came; all processes do the same. Returns in how many steps to look again, as looking
+        waits for the GPU: in 20, or in about five seconds."""
         late = time.monotonic() - self.saved > 60 * self.cfg.save_minutes
-        wishes = torch.tensor([self.signal, late], device=self.device)
+        wishes = torch.tensor([self.signal, late, seconds], device=self.device)
         if self.world > 1:
             dist.all_reduce(wishes, dist.ReduceOp.MAX)
-        number, late = wishes.tolist()
-        for model in self.ddp if end or number or late else ():
+        number, late, seconds = wishes.tolist()
+        for model in self.ddp if self.step == end or number or late else ():
             average_buffers(model)
         if number or late:
             self._save()
         if number:
             again = "run the same command again, without --restart, to go on"
             self.print(f"stopped after step {self.step}; {again}")
-            sys.exit(128 + number)
+            sys.exit(128 + int(number))
+        return 1 if self.device.type == "cpu" else max(1, min(20, int(5 / seconds)))
 
     def _micro_batches(self, batches: Iterator) -> Iterator[tuple[Tensor, ...]]:
         for micro in range(self.cfg.accumulate):
@@ -606,17 +611,13 @@ class Run:
             total, count = self.sums.get(name, (0.0, 0))
             self.sums[name] = total + x.detach().double(), count + 1
 
-    def _share_sums(self) -> None:
-        totals = mean_over_processes(torch.stack([total for total, _ in self.sums.values()]))
-        counts = (count for _, count in self.sums.values())
-        self.sums = dict(zip(self.sums, zip(totals, counts, strict=True), strict=True))
-
     def _read_means(self) -> dict[str, float]:
-        """Means of this epoch so far. UserError if one is not finite: training has failed."""
-        self._share_sums()
-        totals = torch.stack([total for total, _ in self.sums.values()]).tolist()
-        counts = [count for _, count in self.sums.values()]
-        means = {k: x / n for k, x, n in zip(self.sums, totals, counts, strict=True)}
+        """Means of this epoch so far, of all processes, which then have the same sums. UserError if
+        one is not finite: training has failed."""
+        totals, counts = zip(*self.sums.values(), strict=True)
+        totals = mean_over_processes(torch.stack(totals))
+        self.sums = dict(zip(self.sums, zip(totals, counts, strict=True), strict=True))
+        means = {k: x / n for k, x, n in zip(self.sums, totals.tolist(), counts, strict=True)}
         if not all(map(math.isfinite, means.values())):
             raise not_finite(self, means)
         return means
@@ -733,8 +734,8 @@ class Config(TrainConfig):
 
 # A resumed run may change these: they say where and how it runs, not what it computes. (Compared
 # are: the product of `accumulate` and the number of processes; of `data`, what is in it.)
-RESUMABLE = {"out", "restart", "steps", "save_minutes", "data", "data_dir", "init_from", "workers",
-             "device", "compile", "accumulate", "knn_every", "recon_every"}  # fmt: skip
+RESUMABLE = {"out", "restart", "steps", "save_minutes", "data", "data_dir", "init_from",
+             "tokenizer", "workers", "device", "compile", "accumulate", "knn_every", "recon_every"}
 
 
 def check_numbers(cfg, least: float, *names: str) -> None:
@@ -805,6 +806,13 @@ def entry_point(main):
             text = text.removeprefix("common.UserError: ")
             print(f"error: {text}", file=sys.stderr, flush=True)
             sys.exit(2)
+        except RuntimeError as error:
+            if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise
+            reason = str(error).splitlines()[0]
+            print(f"error: lost the other processes ({reason}); run the same command again to go "
+                  "on", file=sys.stderr, flush=True)  # fmt: skip
+            sys.exit(1)
         except KeyboardInterrupt:
             print("interrupted; run the same command again to go on", file=sys.stderr, flush=True)
             sys.exit(130)
@@ -1280,6 +1288,11 @@ def gather_rows(x: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------ the run's folder
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """Those that the folder holds, the newest first."""
+    return [folder / name for name in (CHECKPOINT, PREVIOUS) if (folder / name).exists()]
+
+
 def open_folder(run: Run) -> None:
     """Go on from the folder's checkpoint, if there is one; with --restart, delete it and the rest
     of the run, but not what a flag names. UserError if the checkpoint is of another run or damaged,
@@ -1299,6 +1312,8 @@ def open_folder(run: Run) -> None:
             raise UserError(f"--out {folder}: another process is training there") from None
         except OSError as error:
             raise UserError(f"--out {folder}: {error}") from error
+        if checkpoints(folder) != run.found:
+            raise UserError(f"--out {folder}: another process has trained there just now")
     if run.resumes:
         resume(run, run.found)
     if run.world > 1:
@@ -1345,7 +1360,7 @@ def resume(run: Run, found: list[Path]) -> None:
     if differ:
         changes = ", ".join(f"{k} was {old.get(k)}, now {new.get(k)}" for k in differ)
         raise UserError(f"{path} has other settings: {changes}; use another --out or --restart")
-    for k in ("data", "init_from"):  # may have moved
+    for k in ("data", "init_from", "tokenizer"):  # may have moved
         if old.get(k) != new.get(k):
             run.print(f"{k} was {old.get(k)}, now {new.get(k)}: taken to be the same")
     for name, target in (run.state | {"scaler": run.scaler}).items():

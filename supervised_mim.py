@@ -65,8 +65,8 @@ Known deviations
       perceptual loss
     torchvision's RandAugment, magnitudes up to 30      milder than TensorFlow's, with up to 10
     weight decay 0.1 in "imagenet", not 1e-4            none: big_vision's is not scaled by lr 1e-3
-    one mixup share, one move of the codebook in each   a recipe depends on --accumulate, and mixup
-      micro-batch                                       on the number of processes
+    one mixup share in each micro-batch                 a recipe depends on --accumulate and on the
+                                                        number of processes
     logits of visible patches, too, which no loss uses  0.3 % of the arithmetic of ViT-B/14
     fp32 may be TF32 on a GPU, in the tokenizer, too    a token between two codes may be the other
 """
@@ -115,10 +115,23 @@ class Config(common.Config):
         for name, most in (("token_smoothing", 1), ("randaug", 30)):
             if getattr(self, name) > most:
                 raise common.UserError(f"--{name.replace('_', '-')} must be at most {most}")
-        if self.tokenizer and self.train_tokenizer:
-            raise common.UserError("--train-tokenizer makes one: it takes no --tokenizer")
-        if self.tokenizer and not Path(self.tokenizer).is_file():
+        if self.tokenizer and (self.train_tokenizer or not self.takes_tokens):
+            raise common.UserError("--tokenizer is of no use with --train-tokenizer, --target "
+                                   "pixels or --mim-weight 0")  # fmt: skip
+        if self.tokenizer and not self.tokenizer_file().is_file():
             raise common.UserError(f"--tokenizer {self.tokenizer}: no such file")
+
+    @property
+    def takes_tokens(self) -> bool:
+        return self.mim_weight > 0 and self.target == "tokens" and not self.train_tokenizer
+
+    def kept_tokenizer(self) -> Path:
+        return Path(self.out or "") / "tokenizer" / "tokenizer.pt"
+
+    def tokenizer_file(self) -> Path:
+        """The one given or, without it or if it is gone, the one that the run's folder keeps."""
+        given = Path(self.tokenizer or "")
+        return given if given.is_file() else self.kept_tokenizer()
 
 
 PRESETS = {
@@ -222,8 +235,8 @@ def convolve(in_dim: int, out_dim: int, kernel: int) -> tuple[nn.Module, ...]:
 class VQTokenizer(nn.Module):
     """Convolutional VQ-VAE. Images (B, C, H, W), normalised, of any size, are resized to `img_size`
     (int or (H, W)), a multiple of `stride`, which is a power of two; they have one token for each
-    stride x stride pixels, row by row. The codebook follows the encoder in forward passes in
-    training mode, one after another; with several processes it follows the batch of all."""
+    stride x stride pixels, row by row. After the forward passes of a step in training mode,
+    `update_codebook` makes the codebook follow the encoder."""
 
     def __init__(self, img_size=256, stride: int = 16, codebook_size: int = 1024, dim: int = 256,
                  width: int = 64, in_chans: int = 3, commitment: float = 0.25,
@@ -254,6 +267,7 @@ class VQTokenizer(nn.Module):
         self.register_buffer("usage", torch.zeros(codebook_size))  # vectors of a batch at each code
         self.register_buffer("sums", torch.zeros(codebook_size, dim))  # of these vectors
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.seen = []  # vectors and ids since the last update
 
     def features(self, imgs: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, L, dim), before quantisation, fp32."""
@@ -287,17 +301,20 @@ class VQTokenizer(nn.Module):
         mean absolute error of normalised pixels; commitment; loss, their sum with its weight."""
         z = self.features(imgs)
         ids = self.quantize(z)
-        codes = F.embedding(ids, self.codebook)  # a copy: the update may move the codebook
+        codes = F.embedding(ids, self.codebook)
         pred = self.to_pixels(z + (codes - z).detach())  # straight through: as if z were the code
         recon, commitment = F.l1_loss(pred.float(), self.resized(imgs)), F.mse_loss(z, codes)
         if self.training:
-            self.update_codebook(z.flatten(0, 1), ids.flatten())
+            self.seen.append((z.detach().flatten(0, 1), ids.flatten()))
         loss = recon + self.commitment * commitment
         return pred, ids, dict(loss=loss, recon=recon, commitment=commitment)
 
     @torch.no_grad()
-    def update_codebook(self, z: Tensor, ids: Tensor) -> None:
-        """z (N, dim) and the ids (N,) of their codes, of this process; all of them count."""
+    def update_codebook(self) -> None:
+        """Once a step: codes move to the mean of the vectors that chose them, in all micro-batches
+        of all processes; codes that nothing chooses begin again at one of the vectors."""
+        z, ids = (torch.cat(x) for x in zip(*self.seen, strict=True))
+        self.seen.clear()
         count = torch.bincount(ids, minlength=len(self.usage)).float()
         total = torch.zeros_like(self.sums).index_add_(0, ids, z)
         if dist.is_initialized():
@@ -355,14 +372,10 @@ def build_tokenizer(cfg: Config) -> VQTokenizer:
     return VQTokenizer(img_size, stride, cfg.codebook_size, cfg.codebook_dim, cfg.tokenizer_width)
 
 
-def tokenizer_file(cfg: Config) -> Path:
-    return Path(cfg.tokenizer or Path(cfg.out) / "tokenizer" / "tokenizer.pt")
-
-
 def load_tokenizer(cfg: Config) -> VQTokenizer:
     """The finished tokenizer of --tokenizer or of the run's folder. UserError if the file holds
     none, one without a token for each patch or, in the folder, one of other settings."""
-    file, (h, w) = tokenizer_file(cfg), common.patch_grid(cfg.img_size, cfg.patch_size)
+    file, (h, w) = cfg.tokenizer_file(), common.patch_grid(cfg.img_size, cfg.patch_size)
     content = common.read_checkpoint(file)
     try:
         tokenizer = VQTokenizer(**content["tokenizer"])
@@ -385,7 +398,7 @@ def load_tokenizer(cfg: Config) -> VQTokenizer:
 def train_tokenizer(run: common.Run, train: common.Images, val: common.Images | None):
     """A tokenizer for `run`, trained in a folder of its own, or there trained on."""
     cfg, parts = run.cfg, run.world * run.cfg.accumulate
-    file = tokenizer_file(cfg)
+    file = cfg.tokenizer_file()
     same = ("data", "data_dir", "img_size", "patch_size", "min_crop", "accumulate", "workers",
             "device", "precision", "seed", "restart", "save_minutes", "tokenizer_width",
             "codebook_size", "codebook_dim")  # fmt: skip
@@ -414,13 +427,19 @@ def train_tokenizer(run: common.Run, train: common.Images, val: common.Images | 
                 run.backward(losses["loss"])
                 run.log(**losses)
             run.update(optimizer)
+            tokenizer.update_codebook()
         results = measure_tokenizer(run, tokenizer, val or train)
         run.end_epoch(picture=lambda: decoded(tokenizer, examples), **results)
-    content = {"model": tokenizer.state_dict(), "tokenizer": tokenizer.settings}
     if run.rank == 0 and run.step == run.total:
-        common.write_atomically(file, lambda f: torch.save(content, f))
+        save_tokenizer(tokenizer, file)
         run.print(f"the tokenizer is in {file}")
     return tokenizer
+
+
+def save_tokenizer(tokenizer: VQTokenizer, file: Path) -> None:
+    content = {"model": tokenizer.state_dict(), "tokenizer": tokenizer.settings}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    common.write_atomically(file, lambda f: torch.save(content, f))
 
 
 @torch.no_grad()
@@ -512,9 +531,8 @@ def build(cfg: Config, num_classes: int) -> SupervisedMIM:
 
 @common.entry_point
 def main(cfg: Config) -> None:
-    needs_tokens = cfg.mim_weight > 0 and cfg.target == "tokens" and not cfg.train_tokenizer
-    tokenizer, file = None, tokenizer_file(cfg)
-    if needs_tokens and (cfg.tokenizer or file.exists()):  # first, as data may take long
+    tokenizer, file = None, cfg.tokenizer_file()
+    if cfg.takes_tokens and file.exists():  # first, as data may take long
         tokenizer = load_tokenizer(cfg)
         cfg = dataclasses.replace(cfg, codebook_size=len(tokenizer.codebook))
     run = common.Run(cfg)
@@ -534,7 +552,7 @@ def main(cfg: Config) -> None:
         raise common.UserError("mixup takes 2 images in a micro-batch: a larger --batch-size")
     mixup = v2.MixUp(alpha=cfg.mixup, num_classes=len(train.classes)) if cfg.mixup else None
     state = dict(model=model, optimizer=optimizer)
-    if needs_tokens:  # trained last, as it takes long: mistakes in flags have come out by now
+    if cfg.takes_tokens:  # trained last, as it takes long: mistakes in flags have come out by now
         if tokenizer is None:
             tokenizer = build_tokenizer(cfg) if run.resumes else train_tokenizer(run, train, val)
         state |= dict(tokenizer=tokenizer.to(run.device).eval().requires_grad_(False))
@@ -542,6 +560,8 @@ def main(cfg: Config) -> None:
     examples = common.example_images(val, cfg.img_size, run.device)
     picture = model.decoder and functools.partial(reconstruct, model, tokenizer, examples)
     run.start(loader, val, **state)
+    if cfg.tokenizer and run.rank == 0:  # so that it is not needed to resume
+        save_tokenizer(tokenizer, cfg.kept_tokenizer())
     ddp = run.wrap(model)
     for _ in run.epochs():
         for micro_batches in run.steps():

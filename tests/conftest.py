@@ -28,6 +28,16 @@ import mae_perceptual  # noqa: E402
 import mixed_ae  # noqa: E402
 import supervised_mim  # noqa: E402
 
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: long tests, which only -m slow runs")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("-m"):
+        items[:] = [item for item in items if "slow" not in item.keywords]
+
+
 # ------------------------------------------------------------------------------ methods
 
 # The smallest model that has every part; flags of all pre-training scripts.

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -135,6 +136,11 @@ def test_losses_and_straight_through_gradients_equal_their_definitions():
     assert not tokenizer.codebook.requires_grad
 
 
+def update(tokenizer, z, ids) -> None:
+    tokenizer.seen = [(z, ids)]
+    tokenizer.update_codebook()
+
+
 def test_the_codebook_follows_moving_averages():
     """Three batches, against numbers; codes that nobody uses do not count here."""
     tokenizer = tokenizer_of(decay=0.9)
@@ -144,7 +150,7 @@ def test_the_codebook_follows_moving_averages():
     usage, sums = usage.tolist(), sums.tolist()
     for _ in range(3):
         z, ids = torch.randn(40, 8), torch.randint(16, (40,))
-        tokenizer.update_codebook(z, ids)
+        update(tokenizer, z, ids)
         for code in range(16):
             mine = [z[i].tolist() for i in range(40) if ids[i] == code]
             usage[code] = 0.9 * usage[code] + 0.1 * len(mine)
@@ -157,7 +163,7 @@ def test_the_codebook_follows_moving_averages():
 
 def test_dead_codes_restart_at_vectors_of_the_batch():
     tokenizer, z = tokenizer_of(decay=0.5), torch.randn(40, 8)
-    tokenizer.update_codebook(z, torch.zeros(40, dtype=torch.int64))
+    update(tokenizer, z, torch.zeros(40, dtype=torch.int64))
     at = (tokenizer.codebook[:, None] - z).norm(dim=2)
     # At first, all codes but the one that is used.
     assert (at[1:].amin(dim=1) < 1e-3).all() and at[0].min() > 1e-3
@@ -167,11 +173,11 @@ def test_dead_codes_restart_at_vectors_of_the_batch():
     tokenizer.usage[3] = 0.4  # half of it is left, below 0.25, if it is not used
     tokenizer.usage[4] = 0.6
     before = tokenizer.sums / tokenizer.usage[:, None]
-    tokenizer.update_codebook(torch.randn(40, 8), torch.full((40,), 7))
+    update(tokenizer, torch.randn(40, 8), torch.full((40,), 7))
     moved = (tokenizer.codebook - before).norm(dim=1) > 1e-4
     assert moved.nonzero()[:, 0].tolist() == [3, 7]
     few = tokenizer_of()
-    few.update_codebook(z[:3], torch.zeros(3, dtype=torch.int64))  # fewer vectors than codes
+    update(few, z[:3], torch.zeros(3, dtype=torch.int64))  # fewer vectors than codes
     assert (few.codebook[1:, None] - z[:3]).norm(dim=2).amin(dim=1).max() < 1e-3
 
 
@@ -192,8 +198,11 @@ def test_only_training_moves_the_codebook():
     assert all(torch.equal(x, before[name]) for name, x in tokenizer.named_buffers())
     tokenizer.train()
     tokenizer.encode(imgs)
-    assert torch.equal(tokenizer.codebook, before["codebook"])
+    assert not tokenizer.seen
     tokenizer(imgs)
+    assert torch.equal(tokenizer.codebook, before["codebook"])
+    tokenizer.update_codebook()
+    assert not tokenizer.seen
     assert not torch.equal(tokenizer.codebook, before["codebook"]) and tokenizer.updates == 1
 
 
@@ -210,26 +219,31 @@ def test_psnr_and_perplexity_equal_their_formulas():
     assert even == pytest.approx(math.exp(entropy)) and used == 0.5
 
 
-def train_tokenizer_on(folder) -> None:
+def train_tokenizer_on(folder, micro_batches=1) -> None:
     run = common.Run(supervised_mim.Config(out=str(folder), device="cpu"))
     tokenizer, imgs = tokenizer_of(), torch.load(f"{folder}/imgs.pt")
     ddp = run.wrap(tokenizer)
     optimizer = torch.optim.SGD(tokenizer.parameters(), lr=0.1)
     for batch in imgs:
-        _, _, losses = ddp(batch[run.rank * 8 // run.world : (run.rank + 1) * 8 // run.world])
-        losses["loss"].backward()
+        for part in batch.chunk(run.world)[run.rank].chunk(micro_batches):
+            _, _, losses = ddp(part)
+            (losses["loss"] / micro_batches).backward()
         optimizer.step()
         optimizer.zero_grad()
-    torch.save(tokenizer.state_dict(), f"{folder}/{run.world}-{run.rank}.pt")
+        tokenizer.update_codebook()
+    name = f"{run.world}-{run.rank}-{micro_batches}"
+    torch.save(tokenizer.state_dict(), f"{folder}/{name}.pt")
 
 
-def test_two_processes_train_the_tokenizer_that_one_does_with_the_whole_batch(tmp_path):
+def test_processes_and_micro_batches_train_the_tokenizer_of_the_whole_batch(tmp_path):
     torch.save(torch.randn(4, 8, 3, 16, 16), tmp_path / "imgs.pt")
     train_tokenizer_on(tmp_path)
+    train_tokenizer_on(tmp_path, 2)
     assert in_processes(2, train_tokenizer_on, tmp_path) == [0, 0]
-    one, *two = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    names = ("1-0-1", "1-0-2", "2-0-1", "2-1-1")
+    one, *others = (torch.load(tmp_path / f"{name}.pt") for name in names)
     assert one["updates"] == 4
-    for state in two:
+    for state in others:
         for name, x in state.items():
             torch.testing.assert_close(x, one[name], atol=1e-5, rtol=1e-4, msg=name)
 
@@ -330,6 +344,7 @@ def test_one_batch_can_be_learnt_by_heart():
     imgs, labels = common.draw_shapes(8, 16, 0)
     imgs, labels = common.normalize(imgs), labels % 5
     tokenizer(imgs)
+    tokenizer.update_codebook()
     ids, optimizer = tokenizer.encode(imgs), torch.optim.AdamW(model.parameters(), lr=3e-3)
     assert len(ids.unique()) > 8
     for _ in range(150):
@@ -582,6 +597,17 @@ def test_a_run_keeps_the_tokenizer_that_it_began_with(tmp_path, shapes_folder):
     assert before["updates"] == 4 and not (tmp_path / "tokenizer" / "tokenizer.pt").exists()
 
 
+def test_a_given_tokenizer_is_not_needed_to_resume(tmp_path, shapes_folder, tokenizer):
+    file = tmp_path / "given.pt"
+    shutil.copy(tokenizer, file)
+    for steps in ("1", "2"):
+        train(METHOD, tmp_path / "run", shapes_folder, "--tokenizer", file, "--steps", steps)
+        file.unlink(missing_ok=True)
+    assert weights(tmp_path / "run", "step") == 2
+    for name, x in load(tokenizer).state_dict().items():
+        assert torch.equal(weights(tmp_path / "run", "tokenizer")[name], x)
+
+
 @pytest.mark.parametrize("batch, accumulate, expected", [
     (32, 1, 32), (300, 1, 256), (300, 3, 255), (600, 300, 300),
 ])  # fmt: skip
@@ -624,6 +650,7 @@ def test_the_tokenizer_trains_in_half_precision():
     with torch.autocast("cpu", torch.bfloat16):
         _, ids, losses = tokenizer(imgs)
     losses["loss"].backward()
+    tokenizer.update_codebook()
     assert all(p.grad.isfinite().all() for p in tokenizer.parameters())
     assert tokenizer.codebook.dtype == losses["recon"].dtype == torch.float32
     assert len(ids.unique()) > 1
@@ -725,10 +752,10 @@ def test_labels_are_needed_but_not_by_the_tokenizer(tmp_path, capsys):
     write_images(tmp_path / "half" / "train", 32, 16, seed=0)
     write_images(tmp_path / "loose" / "train", 32, 16, seed=0)
     write_images(tmp_path / "loose" / "val", 8, 16, seed=0, labelled=False)
-    for data in ("flat", "half", "loose"):
+    none, stray = "has no labels, which this method needs", "0000.png is in none of the 10 class"
+    for data, reason in (("flat", none), ("half", none), ("loose", stray)):
         flags = [*FLAGS, "--data", tmp_path / data, "--out", tmp_path / "run"]
-        error = mistake(capsys, supervised_mim, *flags)
-        assert "has no labels, which this method needs" in error
+        assert reason in mistake(capsys, supervised_mim, *flags)
         assert not (tmp_path / "run").exists()
     train(METHOD, tmp_path / "run", tmp_path / "flat", "--train-tokenizer")
     assert (tmp_path / "run" / "tokenizer" / "tokenizer.pt").exists()
