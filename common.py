@@ -489,14 +489,7 @@ class Run:
         self.peak_lr = cfg.base_lr * cfg.batch_size / 256 if cfg.lr is None else cfg.lr
         open_folder(self)
         announce(self)
-        with suppress(ValueError):  # not the main thread
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self._remember)
-
-    def _remember(self, number: int, frame) -> None:
-        Run.signal = number
-        if self.world == 1:  # a second one ends at once; launchers of many processes send several
-            signal.signal(number, signal.SIG_DFL)
+        catch_signals(self)
 
     def wrap(self, model: nn.Module, compile: bool = True) -> nn.Module:
         """The model to call in the loop: compiled in place if --compile says so and `compile` does
@@ -541,26 +534,7 @@ class Run:
                 if bar.disable and now - told > 60:  # a sign of life in a log file
                     told, text = now, "  ".join(f"{k} {x}" for k, x in values.items())
                     self.print(f"{title}  step {self.step}  {text}")
-                look = self.step + self._save_or_stop(end, (now - begin) / (self.step - first))
-
-    def _save_or_stop(self, end: int, seconds: float) -> int:
-        """Between two steps, which take so many seconds: save if it is time, save and stop if a
-        signal came; all processes do the same. Returns in how many steps to look again, as looking
-        waits for the GPU: in 20, or in about five seconds."""
-        late = time.monotonic() - self.saved > 60 * self.cfg.save_minutes
-        wishes = torch.tensor([self.signal, late, seconds], device=self.device)
-        if self.world > 1:
-            dist.all_reduce(wishes, dist.ReduceOp.MAX)
-        number, late, seconds = wishes.tolist()
-        for model in self.ddp if self.step == end or number or late else ():
-            average_buffers(model)
-        if number or late:
-            self._save()
-        if number:
-            again = "run the same command again, without --restart, to go on"
-            self.print(f"stopped after step {self.step}; {again}")
-            sys.exit(128 + int(number))
-        return 1 if self.device.type == "cpu" else max(1, min(20, int(5 / seconds)))
+                look = self.step + save_or_stop(self, end, (now - begin) / (self.step - first))
 
     def _micro_batches(self, batches: Iterator) -> Iterator[tuple[Tensor, ...]]:
         for micro in range(self.cfg.accumulate):
@@ -591,15 +565,18 @@ class Run:
 
     def update(self, *optimizers, norms: tuple[str, ...] = ("grad_norm",)) -> None:
         """Clip, step, and clear the gradients. `norms`: a name for each optimiser, under which the
-        norm of its gradients before clipping is logged; 0 where fp16 overflowed, and the scaler
-        leaves the step out."""
+        norm of its gradients before clipping is logged. Where fp16 overflows, the scaler leaves the
+        step out; of these, the share is logged as `skipped`, and the norm as 0."""
         for optimizer, name in zip(optimizers, norms, strict=True):
             self.scaler.unscale_(optimizer)
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             if self.cfg.clip_grad is not None:
                 nn.utils.clip_grads_with_norm_(parameters, self.cfg.clip_grad, norm)
-            self.log(**{name: norm.nan_to_num(0, 0) if self.scaler.is_enabled() else norm})
+            if self.scaler.is_enabled():
+                self.log(skipped=~norm.isfinite())
+                norm = norm.nan_to_num(0, 0)
+            self.log(**{name: norm})
             self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
@@ -638,17 +615,10 @@ class Run:
             self.ended, self.sums = self.epoch, {}
         words = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
         self.print("  ".join(words))
-        self._save(encoder)
         if picture and self.rank == 0 and self.due(self.cfg.recon_every):
             torch.manual_seed(random_seed("picture", self.cfg.seed))  # always the same masks
             save_grid(self.folder / f"recon_{self.epoch:04d}.png", picture())
-
-    def _save(self, encoder: ViT | None = None) -> None:
-        self.saved = time.monotonic()
-        if self.rank == 0:
-            save(self, encoder)
-        if self.world > 1:
-            dist.barrier()  # a process that ends early makes launchers kill the others
+        save(self, encoder)  # last, so that whatever a kill leaves undone is done again
 
     def print(self, text: str) -> None:
         if self.rank == 0:
@@ -1395,23 +1365,59 @@ def announce(run: Run) -> None:
         run.print("  no kNN: that takes labels, class folders in train/ and val/")
 
 
+def catch_signals(run: Run) -> None:
+    """From now on SIGTERM and Ctrl-C only ask the run to stop; `entry_point` ends this."""
+
+    def remember(number: int, frame) -> None:
+        Run.signal = number
+        if run.world == 1:  # a second one ends at once; launchers of many processes send several
+            signal.signal(number, signal.SIG_DFL)
+
+    with suppress(ValueError):  # not the main thread
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, remember)
+
+
+def save_or_stop(run: Run, end: int, seconds: float) -> int:
+    """Between two steps, which take so many seconds: save if it is time, save and stop if a signal
+    came; all processes do the same. Returns in how many steps to look again, as looking waits for
+    the GPU: in 20, or in about five seconds."""
+    late = time.monotonic() - run.saved > 60 * run.cfg.save_minutes
+    wishes = torch.tensor([run.signal, late, seconds], device=run.device)
+    if run.world > 1:
+        dist.all_reduce(wishes, dist.ReduceOp.MAX)
+    number, late, seconds = wishes.tolist()
+    for model in run.ddp if run.step == end or number or late else ():
+        average_buffers(model)
+    if number or late:
+        save(run)
+    if number:
+        again = "run the same command again, without --restart, to go on"
+        run.print(f"stopped after step {run.step}; {again}")
+        sys.exit(128 + int(number))
+    return 1 if run.device.type == "cpu" else max(1, min(20, int(5 / seconds)))
+
+
 def save(run: Run, encoder: ViT | None = None) -> None:
-    """metrics.jsonl, encoder.pt if there is an encoder, checkpoint.pt. The last comes last, so that
-    whatever a kill leaves undone is done again after resuming. UserError, and all files stay as
-    they are, if weights are not finite."""
-    config, states = dataclasses.asdict(run.cfg), run.state | {"scaler": run.scaler}
-    content = {k: x.state_dict() for k, x in states.items()}
-    if not all(x.isfinite().all() for x in content["model"].values()):
-        raise not_finite(run, {"weights": math.nan})
-    write_text(run.folder / "metrics.jsonl", "\n".join(map(json.dumps, run.history)))
-    if encoder:
-        save_encoder(run.folder / "encoder.pt", encoder, config)
-    sums = {name: (float(total), count) for name, (total, count) in run.sums.items()}
-    content |= {"script": run.script, "config": config, "identity": run.identity, "sums": sums,
-                "step": run.step, "epoch": run.ended, "history": run.history, "lr": run.lr}
-    write_atomically(
-        run.folder / CHECKPOINT, lambda file: torch.save(content, file), run.folder / PREVIOUS
-    )
+    """metrics.jsonl, encoder.pt if there is an encoder, and last checkpoint.pt. UserError, and all
+    files stay as they are, if weights are not finite."""
+    run.saved = time.monotonic()
+    if run.rank == 0:
+        config, states = dataclasses.asdict(run.cfg), run.state | {"scaler": run.scaler}
+        content = {k: x.state_dict() for k, x in states.items()}
+        if not all(x.isfinite().all() for x in content["model"].values()):
+            raise not_finite(run, {"weights": math.nan})
+        write_text(run.folder / "metrics.jsonl", "\n".join(map(json.dumps, run.history)))
+        if encoder:
+            save_encoder(run.folder / "encoder.pt", encoder, config)
+        sums = {name: (float(total), count) for name, (total, count) in run.sums.items()}
+        content |= {"script": run.script, "config": config, "identity": run.identity,
+                    "sums": sums, "step": run.step, "epoch": run.ended, "history": run.history,
+                    "lr": run.lr}  # fmt: skip
+        file, before = run.folder / CHECKPOINT, run.folder / PREVIOUS
+        write_atomically(file, lambda f: torch.save(content, f), keep=before)
+    if run.world > 1:
+        dist.barrier()  # a process that ends early makes launchers kill the others
 
 
 def not_finite(run: Run, means: dict[str, float]) -> UserError:

@@ -287,6 +287,9 @@ def test_an_overflow_of_fp16_leaves_the_step_out_and_logs_no_infinity():
     run.backward(1e38 * model(torch.ones(1, 2)).sum())
     run.update(optimizer)
     assert torch.equal(model.weight, before) and run.sums["grad_norm"][0] == 0
+    run.backward(model(torch.ones(1, 2)).sum())
+    run.update(optimizer)
+    assert run.sums["skipped"] == (1, 2) and run.sums["grad_norm"][0] > 0
 
 
 def test_the_file_that_a_run_began_with_is_not_needed_to_resume(whole, tmp_path, shapes_folder):
