@@ -381,27 +381,6 @@ class TrainLoader:
         return normalized(self.loader, self.run.device)
 
 
-def data_loader(batches: Batches, keys: list, device, workers: int, persistent: bool = False):
-    """A DataLoader of the batches with these keys; its worker processes are for images that are
-    made one by one."""
-    workers = workers if batches.single else 0
-    over = torch.zeros((), dtype=torch.bool).share_memory_()
-    Finalize(None, over.fill_, (True,), exitpriority=0)  # when this process ends, however
-    return torch.utils.data.DataLoader(
-        batches, sampler=keys, batch_size=None, num_workers=workers,
-        persistent_workers=persistent and workers > 0,
-        pin_memory=batches.single and torch.device(device).type == "cuda",
-        worker_init_fn=functools.partial(outlive_signals, over),
-    )  # fmt: skip
-
-
-def outlive_signals(over: Tensor, worker: int) -> None:
-    """A signal that all processes get leaves a loader's in place, for the run has to save first; in
-    the end they are sent one more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if over else None)
-
-
 def normalized(batches, device) -> Iterator[tuple[Tensor, ...]]:
     """Views in 0..255 and labels -> network input on the device, and labels."""
     for batch in batches:
@@ -454,7 +433,7 @@ class Run:
     (seed, epoch, micro-batch or image), the model's random numbers from (seed, step, micro-batch).
     So a run that was stopped and resumed repeats the uninterrupted one; on the CPU, bit for bit."""
 
-    signal = 0  # the last that came, to any run of this process
+    caught, handlers = 0, {}  # the last signal, to any run of this process; what it did before
 
     def __init__(self, cfg: "TrainConfig"):
         self.script = Path(inspect.getfile(type(cfg))).name
@@ -471,10 +450,8 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         torch.set_float32_matmul_precision("high")  # fp32 products may use TF32 on a GPU
         torch.manual_seed(random_seed("init", cfg.seed))
-        self.step, self.ended, self.lr, self.ddp = 0, 0, 0.0, []  # ended: the epochs done with
-        self.sums, self.history = {}, []
-        self.speed = {"images_per_s": 0.0, "data_wait": 0.0}  # of an epoch without a step left
-        self.saved = time.monotonic()
+        self.step, self.ended, self.lr, self.ddp = 0, 0, 0.0, []  # ended: step of the last end
+        self.sums, self.history, self.saved = {}, [], time.monotonic()
 
     def start(self, loader: TrainLoader, val: "Images | None" = None, **state) -> None:
         """Take the data and everything that has a state (model=, optimizer=, ...). If the folder
@@ -508,8 +485,8 @@ class Run:
     def epochs(self) -> Iterator[int]:
         """The epochs that are still to do, counted from 1. One that was stopped after its last step
         has no steps any more, but its end."""
-        while self.step < self.last_step or self.step // self.loader.steps > self.ended:
-            self.epoch = self.ended + 1
+        while self.step < self.last_step or self.ended < self.step:
+            self.epoch = self.ended // self.loader.steps + 1
             yield self.epoch
 
     def steps(self) -> Iterator[Iterator[tuple[Tensor, ...]]]:
@@ -522,7 +499,7 @@ class Run:
                 yield self._micro_batches(batches)
                 self.step += 1
                 bar.update()
-                urgent = self.signal and self.world == 1
+                urgent = self.caught and self.world == 1
                 if not urgent and self.step not in (look, end):
                     continue
                 means, now = self._read_means(), time.perf_counter()
@@ -611,8 +588,9 @@ class Run:
         if self.val is not None and self.due(self.cfg.knn_every):
             metrics |= knn_monitor(self, encoder)
         self.history.append(metrics)
+        self.ended = self.step
         if self.step == self.epoch * self.loader.steps:  # not stopped in its middle by --steps
-            self.ended, self.sums = self.epoch, {}
+            self.sums = {}
         words = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
         self.print("  ".join(words))
         if picture and self.rank == 0 and self.due(self.cfg.recon_every):
@@ -703,7 +681,8 @@ class Config(TrainConfig):
 
 
 # A resumed run may change these: they say where and how it runs, not what it computes. (Compared
-# are: the product of `accumulate` and the number of processes; of `data`, what is in it.)
+# are: the product of `accumulate` and the number of processes, although means of an epoch that was
+# stopped give its parts other weights if the one changes for the other; of `data`, what is in it.)
 RESUMABLE = {"out", "restart", "steps", "save_minutes", "data", "data_dir", "init_from",
              "tokenizer", "workers", "device", "compile", "accumulate", "knn_every", "recon_every"}
 
@@ -787,10 +766,9 @@ def entry_point(main):
             print("interrupted; run the same command again to go on", file=sys.stderr, flush=True)
             sys.exit(130)
         finally:
-            with suppress(ValueError):  # not the main thread
-                signal.signal(signal.SIGINT, signal.default_int_handler)
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            Run.signal = 0
+            while Run.handlers:
+                signal.signal(*Run.handlers.popitem())
+            Run.caught = 0
             if dist.is_initialized():
                 dist.destroy_process_group()
 
@@ -804,6 +782,34 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".ti
 BICUBIC = v2.InterpolationMode.BICUBIC
 SHAPES = ("disk", "ring", "square", "triangle", "star",
           "cross", "crescent", "bar", "heart", "corner")  # fmt: skip
+
+
+def data_loader(batches: Batches, keys: list, device, workers: int, persistent: bool = False):
+    """A DataLoader of the batches with these keys; its worker processes are for images that are
+    made one by one."""
+    workers = workers if batches.single else 0
+    outlive = functools.partial(outlive_signals, run_over(), os.getpid()) if workers else None
+    return torch.utils.data.DataLoader(
+        batches, sampler=keys, batch_size=None, num_workers=workers,
+        persistent_workers=persistent and workers > 0,
+        pin_memory=batches.single and torch.device(device).type == "cuda",
+        worker_init_fn=outlive,
+    )  # fmt: skip
+
+
+def outlive_signals(over: Tensor, parent: int, worker: int) -> None:
+    """A signal that all processes get leaves a loader's in place, for the run has to save first; in
+    the end they are sent one more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if over or os.getppid() != parent else 0)
+
+
+@functools.cache
+def run_over() -> Tensor:
+    """Shared with loader processes: becomes True when this process ends, however it does."""
+    over = torch.zeros((), dtype=torch.bool).share_memory_()
+    Finalize(None, over.fill_, (True,), exitpriority=0)
+    return over
 
 
 class Images:
@@ -910,7 +916,8 @@ def folder_images(root: Path, split: str, device) -> Images | None:
         names = [class_of.get(path.name, path.name) for path in paths]
     classes, labels = [], torch.full((len(paths),), -1)
     if has_splits:
-        classes = sorted(entry.name for entry in (root / "train").iterdir() if entry.is_dir())
+        classes = sorted(entry.name for entry in (root / "train").iterdir()
+                         if entry.is_dir() and entry.name[0] != ".")  # fmt: skip
     if classes:
         number = {name: i for i, name in enumerate(classes)}
         labels = torch.tensor([number.get(name, -1) for name in names])
@@ -1236,11 +1243,12 @@ def mean_over_processes(x: Tensor) -> Tensor:
     return x
 
 
-def average_buffers(model: nn.Module) -> None:
+def average_statistics(model: nn.Module) -> None:
     """Give all processes the mean of their running statistics."""
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            buffer.copy_(mean_over_processes(buffer))
+    for norm in model.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats:
+            for x in (norm.running_mean, norm.running_var):
+                x.copy_(mean_over_processes(x))
 
 
 def gather_rows(x: Tensor) -> Tensor:
@@ -1277,7 +1285,7 @@ def open_folder(run: Run) -> None:
     if run.rank == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            run.lock = lock(folder)  # held as long as the process lives
+            run.lock = lock(folder)  # held as long as the run
         except BlockingIOError:
             raise UserError(f"--out {folder}: another process is training there") from None
         except OSError as error:
@@ -1285,7 +1293,7 @@ def open_folder(run: Run) -> None:
         if checkpoints(folder) != run.found:
             raise UserError(f"--out {folder}: another process has trained there just now")
     if run.resumes:
-        resume(run, run.found)
+        resume(run)
     if run.world > 1:
         dist.barrier()  # nobody writes before all have read
     if run.rank == 0:
@@ -1294,12 +1302,12 @@ def open_folder(run: Run) -> None:
             for path in folder.glob(pattern):
                 if path.resolve() not in named:
                     path.unlink()
-        write_text(folder / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2))
+        write_text(folder / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
 
 
 def lock(folder: Path):
-    """A file in the folder that is locked for this process, where the system has locks.
-    BlockingIOError if another process holds it."""
+    """A file in the folder that is locked for this process while it is open, where the system has
+    locks. BlockingIOError if another process holds it."""
     file = open(folder / ".lock", "w")
     try:
         import fcntl  # not on Windows
@@ -1312,18 +1320,22 @@ def lock(folder: Path):
     return file
 
 
-def resume(run: Run, found: list[Path]) -> None:
-    """Take every state from the newest of the checkpoints `found`, if it is of the same run."""
-    path = found[0]
+def read_newest(found: list[Path]) -> dict:
+    """The first of the checkpoints `found`. UserError if it is damaged."""
     try:
-        saved = read_checkpoint(path)
+        return read_checkpoint(found[0])
     except UserError as error:
         older = f"delete it to go on from {found[1].name}, or " if found[1:] else ""
         raise UserError(f"{error}; {older}start over with --restart") from None
+
+
+def resume(run: Run) -> None:
+    """Take every state from the run's newest checkpoint, if it is of the same run."""
+    path, saved = run.found[0], read_newest(run.found)
     if saved.get("script") != run.script:
         author = saved.get("script", "another program")
         raise UserError(f"{path} is by {author}, not {run.script}; choose another --out")
-    if not {"identity", "history", "sums"} <= saved.keys():
+    if not {"identity", "history", "sums", "speed"} <= saved.keys():
         raise UserError(f"{path} is by another version of {run.script}; use another --out")
     new, old = run.identity, saved["identity"]
     differ = [k for k in new | old if k not in RESUMABLE and new.get(k) != old.get(k)]
@@ -1331,12 +1343,13 @@ def resume(run: Run, found: list[Path]) -> None:
         changes = ", ".join(f"{k} was {old.get(k)}, now {new.get(k)}" for k in differ)
         raise UserError(f"{path} has other settings: {changes}; use another --out or --restart")
     for k in ("data", "init_from", "tokenizer"):  # may have moved
-        if old.get(k) != new.get(k):
+        if new.get(k) and old.get(k) != new[k]:
             run.print(f"{k} was {old.get(k)}, now {new.get(k)}: taken to be the same")
     for name, target in (run.state | {"scaler": run.scaler}).items():
         load_strictly(target, saved.get(name), path)
-    run.step, run.ended, run.lr = (saved[name] for name in ("step", "epoch", "lr"))
-    run.history = saved["history"][: run.ended]  # without an epoch that --steps left unfinished
+    run.step, run.ended, run.lr, run.speed = (saved[k] for k in ("step", "ended", "lr", "speed"))
+    # Without an epoch that --steps left unfinished.
+    run.history = saved["history"][: run.ended // run.loader.steps]
     run.sums = {name: (torch.tensor(total, dtype=torch.float64, device=run.device), count)
                 for name, (total, count) in saved["sums"].items()}  # fmt: skip
 
@@ -1359,36 +1372,45 @@ def announce(run: Run) -> None:
         f"  lr      {run.peak_lr:.3g}{rule}; {run.warmup:g} steps of warm-up\n"
         f"  folder  {run.folder}" + (f", resumed after step {run.step}" if run.step else "")
     )
-    if run.step >= run.last_step and run.ended == run.step // loader.steps:
+    if run.step >= run.last_step and run.ended == run.step:
         run.print(f"nothing left to do: step {run.step} is done; --restart starts over")
     if getattr(cfg, "knn_every", 0) and run.val is None:
         run.print("  no kNN: that takes labels, class folders in train/ and val/")
 
 
 def catch_signals(run: Run) -> None:
-    """From now on SIGTERM and Ctrl-C only ask the run to stop; `entry_point` ends this."""
+    """From now on SIGTERM and Ctrl-C only ask the run to stop; `entry_point` ends this. A second
+    one ends it at once; not if there are other processes, as launchers send several."""
 
     def remember(number: int, frame) -> None:
-        Run.signal = number
-        if run.world == 1:  # a second one ends at once; launchers of many processes send several
+        Run.caught = number
+        if run.rank == 0:
+            os.write(2, b"stopping after this step\n")  # print could be interrupted by itself
+        if run.world == 1:
             signal.signal(number, signal.SIG_DFL)
 
     with suppress(ValueError):  # not the main thread
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, remember)
+            if signal.getsignal(number) != signal.SIG_IGN:
+                Run.handlers.setdefault(number, signal.signal(number, remember))
 
 
 def save_or_stop(run: Run, end: int, seconds: float) -> int:
     """Between two steps, which take so many seconds: save if it is time, save and stop if a signal
-    came; all processes do the same. Returns in how many steps to look again, as looking waits for
-    the GPU: in 20, or in about five seconds."""
+    came; all processes do the same. UserError, and all files stay as they are, if weights are not
+    finite. Returns in how many steps to look again, as that waits for the GPU: in 20, or in about
+    five seconds."""
     late = time.monotonic() - run.saved > 60 * run.cfg.save_minutes
-    wishes = torch.tensor([run.signal, late, seconds], device=run.device)
+    wishes = torch.tensor([run.caught, late, seconds], device=run.device)
     if run.world > 1:
         dist.all_reduce(wishes, dist.ReduceOp.MAX)
     number, late, seconds = wishes.tolist()
-    for model in run.ddp if run.step == end or number or late else ():
-        average_buffers(model)
+    if run.step == end or number or late:
+        for name, x in run.state.items():
+            if isinstance(x, nn.Module):
+                average_statistics(x)
+                if not all(v.isfinite().all() for v in (*x.parameters(), *x.buffers())):
+                    raise not_finite(run, {name: math.nan})
     if number or late:
         save(run)
     if number:
@@ -1399,21 +1421,18 @@ def save_or_stop(run: Run, end: int, seconds: float) -> int:
 
 
 def save(run: Run, encoder: ViT | None = None) -> None:
-    """metrics.jsonl, encoder.pt if there is an encoder, and last checkpoint.pt. UserError, and all
-    files stay as they are, if weights are not finite."""
+    """metrics.jsonl, encoder.pt if there is an encoder, and last checkpoint.pt."""
     run.saved = time.monotonic()
     if run.rank == 0:
         config, states = dataclasses.asdict(run.cfg), run.state | {"scaler": run.scaler}
         content = {k: x.state_dict() for k, x in states.items()}
-        if not all(x.isfinite().all() for x in content["model"].values()):
-            raise not_finite(run, {"weights": math.nan})
-        write_text(run.folder / "metrics.jsonl", "\n".join(map(json.dumps, run.history)))
+        content |= {k: getattr(run, k) for k in ("script", "identity", "step", "ended", "history")}
+        content |= {"config": config, "lr": run.lr, "speed": run.speed,
+                    "sums": {k: (float(total), n) for k, (total, n) in run.sums.items()}}
+        lines = "".join(json.dumps(line) + "\n" for line in run.history)
+        write_text(run.folder / "metrics.jsonl", lines)
         if encoder:
             save_encoder(run.folder / "encoder.pt", encoder, config)
-        sums = {name: (float(total), count) for name, (total, count) in run.sums.items()}
-        content |= {"script": run.script, "config": config, "identity": run.identity,
-                    "sums": sums, "step": run.step, "epoch": run.ended, "history": run.history,
-                    "lr": run.lr}  # fmt: skip
         file, before = run.folder / CHECKPOINT, run.folder / PREVIOUS
         write_atomically(file, lambda f: torch.save(content, f), keep=before)
     if run.world > 1:
@@ -1440,8 +1459,13 @@ def finish(run: Run) -> None:
 
 
 def say_unreadable(*sets: Images | None) -> None:
-    for images in sets:
-        count = int(images.unreadable.sum()) if images else 0
+    """How many images could not be read, by any of the processes."""
+    for images in filter(None, sets):
+        found = [images.unreadable.nonzero()[:, 0].tolist()]
+        if dist.is_initialized():
+            found *= dist.get_world_size()
+            dist.all_gather_object(found, found[0])
+        count = len(set(itertools.chain(*found)))
         if count and int(os.environ.get("RANK", 0)) == 0:
             print(f"skipped {count} unreadable of {len(images)} images; others stood in")
 
@@ -1466,7 +1490,7 @@ def write_atomically(path: Path, write, keep: Path | None = None) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(f"{text}\n".encode()))
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def git_hash() -> str:

@@ -401,7 +401,7 @@ class Adversary(nn.Module):
 
     def refresh(self) -> None:
         """Copy D, with the mean of all processes' batch statistics."""
-        common.average_buffers(self.discriminator)
+        common.average_statistics(self.discriminator)
         self.frozen.load_state_dict(self.discriminator.state_dict())
 
     def losses(self, model: nn.Module, discriminator: nn.Module, imgs: Tensor, step: int,

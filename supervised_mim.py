@@ -118,20 +118,10 @@ class Config(common.Config):
         if self.tokenizer and (self.train_tokenizer or not self.takes_tokens):
             raise common.UserError("--tokenizer is of no use with --train-tokenizer, --target "
                                    "pixels or --mim-weight 0")  # fmt: skip
-        if self.tokenizer and not self.tokenizer_file().is_file():
-            raise common.UserError(f"--tokenizer {self.tokenizer}: no such file")
 
     @property
     def takes_tokens(self) -> bool:
         return self.mim_weight > 0 and self.target == "tokens" and not self.train_tokenizer
-
-    def kept_tokenizer(self) -> Path:
-        return Path(self.out or "") / "tokenizer" / "tokenizer.pt"
-
-    def tokenizer_file(self) -> Path:
-        """The one given or, without it or if it is gone, the one that the run's folder keeps."""
-        given = Path(self.tokenizer or "")
-        return given if given.is_file() else self.kept_tokenizer()
 
 
 PRESETS = {
@@ -235,8 +225,8 @@ def convolve(in_dim: int, out_dim: int, kernel: int) -> tuple[nn.Module, ...]:
 class VQTokenizer(nn.Module):
     """Convolutional VQ-VAE. Images (B, C, H, W), normalised, of any size, are resized to `img_size`
     (int or (H, W)), a multiple of `stride`, which is a power of two; they have one token for each
-    stride x stride pixels, row by row. After the forward passes of a step in training mode,
-    `update_codebook` makes the codebook follow the encoder."""
+    stride x stride pixels, row by row. In training, `update_codebook` has to be called once a step,
+    after the forward passes: without it the codebook stays random, and what they saw piles up."""
 
     def __init__(self, img_size=256, stride: int = 16, codebook_size: int = 1024, dim: int = 256,
                  width: int = 64, in_chans: int = 3, commitment: float = 0.25,
@@ -268,6 +258,12 @@ class VQTokenizer(nn.Module):
         self.register_buffer("sums", torch.zeros(codebook_size, dim))  # of these vectors
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         self.seen = []  # vectors and ids since the last update
+
+    def get_extra_state(self) -> dict:
+        return self.settings
+
+    def set_extra_state(self, settings: dict) -> None:
+        """They are for whoever builds a tokenizer to load the rest into."""
 
     def features(self, imgs: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, L, dim), before quantisation, fp32."""
@@ -372,22 +368,23 @@ def build_tokenizer(cfg: Config) -> VQTokenizer:
     return VQTokenizer(img_size, stride, cfg.codebook_size, cfg.codebook_dim, cfg.tokenizer_width)
 
 
-def load_tokenizer(cfg: Config) -> VQTokenizer:
-    """The finished tokenizer of --tokenizer or of the run's folder. UserError if the file holds
-    none, one without a token for each patch or, in the folder, one of other settings."""
-    file, (h, w) = cfg.tokenizer_file(), common.patch_grid(cfg.img_size, cfg.patch_size)
-    content = common.read_checkpoint(file)
+def restore_tokenizer(content: dict, file: Path, cfg: Config, compare: bool) -> VQTokenizer:
+    """The tokenizer that `file`, whose content this is, holds. UserError if there is none, or one
+    without a token for each patch or, with `compare`, of other settings than the run's."""
     try:
-        tokenizer = VQTokenizer(**content["tokenizer"])
+        has = wanted = content["tokenizer"]["_extra_state"]
+        with torch.random.fork_rng(devices=[]):  # so that models start alike, with it and without
+            tokenizer = VQTokenizer(**has)
+            if compare:
+                wanted = build_tokenizer(cfg).settings
     except (KeyError, TypeError):
         raise common.UserError(f"{file} holds no tokenizer; a tokenizer.pt does") from None
-    common.load_strictly(tokenizer, content.get("model"), file)
-    has = tokenizer.settings
-    wanted = has if cfg.tokenizer else build_tokenizer(cfg).settings
+    common.load_strictly(tokenizer, content["tokenizer"], file)
     if differ := [f"{k} {has[k]}, not {wanted[k]}" for k in has if has[k] != wanted[k]]:
         mend = "use another --out, or --train-tokenizer --restart"
         raise common.UserError(f"{file} was made otherwise: {', '.join(differ)}; {mend}")
-    if (grid := tokenizer.grid) != (h, w):
+    (h, w), grid = common.patch_grid(cfg.img_size, cfg.patch_size), tokenizer.grid
+    if grid != (h, w):
         raise common.UserError(
             f"{file} makes {grid[0]}x{grid[1]} tokens of an image, but --img-size {cfg.img_size} "
             f"has {h}x{w} patches: --img-size {grid[0] * cfg.patch_size} would fit"
@@ -395,10 +392,9 @@ def load_tokenizer(cfg: Config) -> VQTokenizer:
     return tokenizer
 
 
-def train_tokenizer(run: common.Run, train: common.Images, val: common.Images | None):
-    """A tokenizer for `run`, trained in a folder of its own, or there trained on."""
+def train_tokenizer(run: common.Run, train: common.Images, val: common.Images | None, file: Path):
+    """A tokenizer for `run`, trained in the folder of `file`, or there trained on."""
     cfg, parts = run.cfg, run.world * run.cfg.accumulate
-    file = cfg.tokenizer_file()
     same = ("data", "data_dir", "img_size", "patch_size", "min_crop", "accumulate", "workers",
             "device", "precision", "seed", "restart", "save_minutes", "tokenizer_width",
             "codebook_size", "codebook_dim")  # fmt: skip
@@ -430,16 +426,11 @@ def train_tokenizer(run: common.Run, train: common.Images, val: common.Images | 
             tokenizer.update_codebook()
         results = measure_tokenizer(run, tokenizer, val or train)
         run.end_epoch(picture=lambda: decoded(tokenizer, examples), **results)
+    content = {"tokenizer": tokenizer.state_dict()}
     if run.rank == 0 and run.step == run.total:
-        save_tokenizer(tokenizer, file)
+        common.write_atomically(file, lambda f: torch.save(content, f))
         run.print(f"the tokenizer is in {file}")
     return tokenizer
-
-
-def save_tokenizer(tokenizer: VQTokenizer, file: Path) -> None:
-    content = {"model": tokenizer.state_dict(), "tokenizer": tokenizer.settings}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    common.write_atomically(file, lambda f: torch.save(content, f))
 
 
 @torch.no_grad()
@@ -531,14 +522,24 @@ def build(cfg: Config, num_classes: int) -> SupervisedMIM:
 
 @common.entry_point
 def main(cfg: Config) -> None:
-    tokenizer, file = None, cfg.tokenizer_file()
-    if cfg.takes_tokens and file.exists():  # first, as data may take long
-        tokenizer = load_tokenizer(cfg)
-        cfg = dataclasses.replace(cfg, codebook_size=len(tokenizer.codebook))
     run = common.Run(cfg)
+    file = own = run.folder / "tokenizer" / "tokenizer.pt"
+    tokenizer = None
+    if cfg.takes_tokens and run.resumes:  # first, as data may take long
+        file, content = run.found[0], common.read_newest(run.found)
+        if "tokenizer" in content:
+            tokenizer = restore_tokenizer(content, file, cfg, compare=False)
+        else:
+            tokenizer = build_tokenizer(cfg)  # run.start will say what is wrong with this file
+    elif cfg.takes_tokens and (cfg.tokenizer or own.exists()):
+        file = Path(cfg.tokenizer or own)
+        content = common.read_checkpoint(file)
+        tokenizer = restore_tokenizer(content, file, cfg, compare=not cfg.tokenizer)
+    if cfg.tokenizer and tokenizer:
+        run.cfg = cfg = dataclasses.replace(cfg, codebook_size=len(tokenizer.codebook))
     train, val = training_images(cfg, run.device)
     if cfg.train_tokenizer:
-        train_tokenizer(run, train, val)
+        train_tokenizer(run, train, val, own)
         return
     model = build(cfg, len(train.classes)).to(run.device)
     if cfg.init_from and not run.resumes:
@@ -553,15 +554,12 @@ def main(cfg: Config) -> None:
     mixup = v2.MixUp(alpha=cfg.mixup, num_classes=len(train.classes)) if cfg.mixup else None
     state = dict(model=model, optimizer=optimizer)
     if cfg.takes_tokens:  # trained last, as it takes long: mistakes in flags have come out by now
-        if tokenizer is None:
-            tokenizer = build_tokenizer(cfg) if run.resumes else train_tokenizer(run, train, val)
+        tokenizer = tokenizer or train_tokenizer(run, train, val, own)
         state |= dict(tokenizer=tokenizer.to(run.device).eval().requires_grad_(False))
         run.print(f"{len(tokenizer.codebook)} codes, {tokenizer.grid} tokens an image, of {file}")
     examples = common.example_images(val, cfg.img_size, run.device)
     picture = model.decoder and functools.partial(reconstruct, model, tokenizer, examples)
     run.start(loader, val, **state)
-    if cfg.tokenizer and run.rank == 0:  # so that it is not needed to resume
-        save_tokenizer(tokenizer, cfg.kept_tokenizer())
     ddp = run.wrap(model)
     for _ in run.epochs():
         for micro_batches in run.steps():

@@ -1,5 +1,6 @@
 """Images, crops and loaders against torchvision and slow versions."""
 
+import os
 import pickle
 from types import SimpleNamespace
 
@@ -197,6 +198,15 @@ def test_outputs_are_in_the_set_s_order_however_many_processes_make_them(tmp_pat
         index = common.evenly_spaced(common.Images(labels, [], pixels), 10)
         assert index[0] == 0 and index[-1] == 600 and torch.equal(some[1], labels[index])
         torch.testing.assert_close(some[0], means[index])
+
+
+def test_loaders_leave_no_files_open(tmp_path):
+    write_images(tmp_path, 4, 16, seed=0, labelled=False)
+    images, counts = common.Images(torch.zeros(4), [], paths=sorted(tmp_path.iterdir())), []
+    for workers in (1, *10 * [0], 1, 1):
+        assert len(list(common.eval_batches(images, 16, "cpu", workers=workers))) == 1
+        counts.append(len(os.listdir("/proc/self/fd")))
+    assert counts[-1] < counts[0] + 5
 
 
 def test_eval_batches_equal_torchvision_s_test_crop(tmp_path):

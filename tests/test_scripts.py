@@ -176,6 +176,7 @@ def train_until(number: int, step: int, rank: int, *arguments) -> None:
     (signal.SIGKILL, 6, ["--save-minutes", "0"], -9, 6),
     (signal.SIGTERM, 6, [], 143, 7),
     (signal.SIGINT, 7, [], 130, 8),  # after an epoch's last step, before its end
+    (signal.SIGTERM, 5, ["--steps", "6"], 143, 6),  # the same, of one that --steps cuts off
 ])  # fmt: skip
 def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(
     number, step, flags, code, saved, whole, tmp_path, shapes_folder
@@ -183,6 +184,10 @@ def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(
     arguments = ["mae", tmp_path, shapes_folder, *METHODS["mae"].whole]
     assert in_processes(1, train_until, number, step, 0, *arguments, *flags) == [code]
     assert weights(tmp_path, "step") == saved
+    if "--steps" in flags:
+        train(*arguments, *flags)
+        assert [line["step"] for line in metrics(tmp_path)] == [4, 6]
+        assert weights(tmp_path, "ended") == 6 and (tmp_path / "recon_0002.png").exists()
     train(*arguments)
     assert_same_state(tmp_path, whole("mae"))
     losses = ([line["loss"] for line in metrics(x)] for x in (tmp_path, whole("mae")))
@@ -204,7 +209,7 @@ def test_a_signal_to_one_process_stops_all_and_they_resume(tmp_path, shapes_fold
 def average_of_ranks(folder) -> None:
     run, model = common.Run(settings("mae", "--out", folder)), torch.nn.BatchNorm1d(3)
     model.running_mean.fill_(run.rank)
-    common.average_buffers(model)
+    common.average_statistics(model)
     torch.save(model.state_dict(), folder / f"{run.rank}.pt")
 
 
@@ -217,16 +222,17 @@ def test_processes_share_running_statistics(tmp_path):
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, shapes_folder, capsys, monkeypatch):
     train("mae", tmp_path, shapes_folder, "--epochs", "2", "--steps", "4")
     before = (tmp_path / "checkpoint.pt").read_bytes()
-    end_epoch = common.Run.end_epoch
+    update = common.Run.update
 
-    def spoilt(run, encoder, *args, **results):
-        encoder.cls_token.data.fill_(math.nan)
-        end_epoch(run, encoder, *args, **results)
+    def spoilt(run, *args, **options):
+        update(run, *args, **options)
+        if run.step == 7:
+            next(run.state["model"].parameters()).data.fill_(math.nan)
 
-    monkeypatch.setattr(common.Run, "end_epoch", spoilt)
+    monkeypatch.setattr(common.Run, "update", spoilt)
     flags = ["--out", tmp_path, "--data", shapes_folder, *TINY, *MAE, "--epochs", "2"]
     error = mistake(capsys, mae_perceptual, *flags)
-    assert "not finite by step 8: weights nan" in error and "last good checkpoint" in error
+    assert "not finite by step 8: model nan" in error and "last good checkpoint" in error
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
@@ -515,7 +521,7 @@ MISTAKES = {
         (["--mim-weight", "-1"], "--mim-weight must be at least 0"),
         (["--token-smoothing", "1.5"], "--token-smoothing must be at most 1"),
         (["--randaug", "31"], "--randaug must be at most 30"),
-        (["--tokenizer", "absent.pt"], "--tokenizer absent.pt: no such file"),
+        (["--tokenizer", "absent.pt"], "absent.pt: no such file"),
         (["--tokenizer", __file__, "--train-tokenizer"], "--tokenizer is of no use with --train"),
         (["--tokenizer", __file__], "is truncated or not a checkpoint"),
         (["--codebook-size", "0"], "--codebook-size must be at least 1"),

@@ -48,7 +48,8 @@ def model_of(target="tokens", channels=3, **options) -> SupervisedMIM:
 
 
 def load(path) -> VQTokenizer:
-    return supervised_mim.load_tokenizer(settings(METHOD, "--tokenizer", path))
+    content = common.read_checkpoint(path)
+    return supervised_mim.restore_tokenizer(content, path, settings(METHOD), compare=False)
 
 
 @pytest.fixture()
@@ -563,8 +564,7 @@ def test_the_class_branch_of_the_first_step_is_the_baseline_s(tmp_path, shapes_f
 def test_the_tokenizer_is_frozen_and_kept_in_the_checkpoint(trained):
     file = torch.load(trained / "tokenizer" / "tokenizer.pt", weights_only=True)
     kept = weights(trained, "tokenizer")
-    assert kept.keys() == file["model"].keys()
-    assert all(torch.equal(x, file["model"][name]) for name, x in kept.items())
+    torch.testing.assert_close(kept, file["tokenizer"], rtol=0, atol=0)
     assert kept["updates"] == 8  # two epochs of four steps, none in the main run
 
 
@@ -593,7 +593,7 @@ def test_a_run_keeps_the_tokenizer_that_it_began_with(tmp_path, shapes_folder):
     (tmp_path / "tokenizer" / "tokenizer.pt").unlink()
     train(METHOD, tmp_path, shapes_folder, "--steps", "2", "--tokenizer-epochs", "1")
     after = weights(tmp_path, "tokenizer")
-    assert all(torch.equal(x, before[name]) for name, x in after.items())
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
     assert before["updates"] == 4 and not (tmp_path / "tokenizer" / "tokenizer.pt").exists()
 
 
@@ -604,8 +604,8 @@ def test_a_given_tokenizer_is_not_needed_to_resume(tmp_path, shapes_folder, toke
         train(METHOD, tmp_path / "run", shapes_folder, "--tokenizer", file, "--steps", steps)
         file.unlink(missing_ok=True)
     assert weights(tmp_path / "run", "step") == 2
-    for name, x in load(tokenizer).state_dict().items():
-        assert torch.equal(weights(tmp_path / "run", "tokenizer")[name], x)
+    kept = weights(tmp_path / "run", "tokenizer")
+    torch.testing.assert_close(kept, load(tokenizer).state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("batch, accumulate, expected", [
@@ -616,7 +616,7 @@ def test_the_tokenizer_s_batch_can_be_divided(batch, accumulate, expected, tmp_p
     run = common.Run(settings(METHOD, *flags))
     monkeypatch.setattr(common, "Run", lambda cfg: seen.append(cfg) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        supervised_mim.train_tokenizer(run, None, None)
+        supervised_mim.train_tokenizer(run, None, None, tmp_path / "tokenizer.pt")
     assert seen[0].batch_size == expected and expected % accumulate == 0
 
 
@@ -774,7 +774,7 @@ def test_a_tokenizer_of_another_grid_is_refused_with_sizes_that_fit(
     torch.save({"model": {}}, other)
     assert "holds no tokenizer" in mistake(capsys, supervised_mim, *flags, other)
     content = torch.load(tokenizer)
-    content["model"].pop("codebook")
+    content["tokenizer"].pop("codebook")
     torch.save(content, other)
     assert "does not fit: " in mistake(capsys, supervised_mim, *flags, other)
     # Any size of its own serves if its grid is that of the patches.
