@@ -192,7 +192,7 @@ def test_a_signal_to_all_processes_spares_the_loader_s(tmp_path):
 
 
 def one_step_epochs(method: str, out, data, encoder) -> list:
-    flags = ["--epochs", "10", "--batch-size", "60", "--knn-every", "0", "--recon-every", "50"]
+    flags = ["--epochs", "10", "--batch-size", "48", "--knn-every", "0", "--recon-every", "50"]
     flags += ["--tokenizer", encoder] if method == "supervised_mim" else []
     return [method, out, data, *flags]
 
@@ -200,7 +200,8 @@ def one_step_epochs(method: str, out, data, encoder) -> list:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "cmae"])
 def test_two_and_three_processes_have_the_losses_of_one(method, tmp_path, shapes_folder, tokenizer):
-    """Ten steps of 60 of 64 images. (cmae compares images of all processes: see its own test.)"""
+    """Ten steps of 48 of 64 images. (cmae compares images of all processes: see its own test. In
+    `ls`, BatchNorm's running statistics move once a micro-batch, in each process.)"""
     losses = {}
     for world in (1, 2, 3):
         flags = one_step_epochs(method, tmp_path / str(world), shapes_folder, tokenizer)
@@ -208,7 +209,7 @@ def test_two_and_three_processes_have_the_losses_of_one(method, tmp_path, shapes
         losses[world] = [line["loss"] for line in metrics(tmp_path / str(world))]
     apart = [max(abs(b / a - 1) for a, b in zip(losses[1], losses[n], strict=True)) for n in (2, 3)]
     print(f"relative differences {apart}")
-    assert max(apart) < (1e-5 if method in ("mae", "mixed_ae", "supervised_mim") else 1e-3)
+    assert max(apart) < (1e-2 if method == "ls" else 1e-5)
 
 
 def launch(*arguments, nodes=1, port=29555, processes=2) -> subprocess.Popen:
