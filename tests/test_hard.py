@@ -334,12 +334,13 @@ def random_flags(draw: random.Random, config_class, names: list[str]) -> list[st
     hints, flags = typing.get_type_hints(config_class), []
     for name in names:
         kind, flag = hints[name], f"--{name.replace('_', '-')}"
-        options = [x for x in typing.get_args(kind) if x is not type(None)]
-        if kind is bool or options == [bool]:
+        if type(None) in typing.get_args(kind):
+            kind, _ = typing.get_args(kind)  # of X | None
+        if kind is bool:
             flags += [draw.choice([flag, flag.replace("--", "--no-", 1)])]
         else:
-            pool = VALUES.get(name) or VALUES.get(options[0] if options else kind)
-            flags += [flag, draw.choice(pool or [*options, "bogus"])]
+            pool = VALUES.get(name) or VALUES.get(kind) or [*typing.get_args(kind), "bogus"]
+            flags += [flag, draw.choice(pool)]
     return flags
 
 
