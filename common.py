@@ -353,7 +353,9 @@ class TrainLoader:
     an epoch is left out."""
 
     def __init__(self, images: "Images", cfg: "TrainConfig", run: "Run", augment, single=False):
-        self.images, self.cfg, self.run, self.augment = images, cfg, run, augment
+        # Not the run, which has this loader: in a circle its processes would end late.
+        self.images, self.cfg, self.augment = images, cfg, augment
+        self.rank, self.world, self.device = run.rank, run.world, run.device
         parts = run.world * cfg.accumulate
         self.steps, self.micro_batch = len(images) // cfg.batch_size, cfg.batch_size // parts
         if cfg.batch_size % parts:
@@ -373,12 +375,12 @@ class TrainLoader:
         """This process's micro-batches from global step `step` to the end of its epoch."""
         epoch, first = divmod(step, self.steps)
         order = torch.randperm(len(self.images), generator=seeded("order", self.cfg.seed, epoch))
-        shape = self.steps, self.run.world, self.cfg.accumulate  # axes of an epoch's micro-batches
+        shape = self.steps, self.world, self.cfg.accumulate  # axes of an epoch's micro-batches
         order = order[: self.steps * self.cfg.batch_size].view(*shape, self.micro_batch)
         number = torch.arange(math.prod(shape)).view(shape)
-        mine = (x[first:, self.run.rank].flatten(0, 1).tolist() for x in (number, order))
+        mine = (x[first:, self.rank].flatten(0, 1).tolist() for x in (number, order))
         self.keys[:] = [(epoch, j, index) for j, index in zip(*mine, strict=True)]
-        return normalized(self.loader, self.run.device)
+        return normalized(self.loader, self.device)
 
 
 def normalized(batches, device) -> Iterator[tuple[Tensor, ...]]:
