@@ -76,7 +76,7 @@ Known deviations
     D and the generator step at the same time          one forward pass of each; no micro-batch is
                                                        kept for a second one
     BatchNorm of "ls", minibatch deviation of the      keep at least 4 images in a micro-batch; with
-      others: of a process and micro-batch             another split losses of "ls" differ by 0.3 %
+      others: of a process and micro-batch             another split "ls" differs by up to 0.6 %
     R1 is of D's input after augmentation              none while p is 0
     R1 has the 1/2 and the factor 16 of a lazy term    8 times the authors' R1 at the same gamma
                                                        (Karras et al.: 0.0002 side^2 / batch)

@@ -23,7 +23,7 @@ EPYC: 53.6, 55.7, 62.9 %. The second: a minute, 45.9 % (one seed). CIFAR-10: REA
 The tokenizer. Without --tokenizer FILE one is trained first, for --tokenizer-epochs, in the folder
 tokenizer/ of the run, to its end whatever --steps says. An unfinished one is trained on, a finished
 one taken as it is. --train-tokenizer does only that, and with --restart begins anew. A run's
-checkpoint keeps the tokenizer that the run began with; a FILE has to stay where it is.
+checkpoint keeps the tokenizer that the run began with; to resume, FILE is not needed any more.
 
 Equation -> code. x: image, cropped, flipped; x': RandAugment of x, mixed up with another image.
     z       = encoder of the tokenizer (x), one vector per patch               VQTokenizer.features
