@@ -698,6 +698,13 @@ def check_numbers(cfg, least: float, *names: str) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be {limit}, not {value}")
 
 
+@functools.cache  # inspect takes 50 ms a class
+def trailing_comments(config_class: type) -> dict[str, str]:
+    """Of the fields of a dataclass and its parents, by name."""
+    sources = map(inspect.getsource, reversed(config_class.__mro__[:-1]))
+    return dict(re.findall(r"^    (\w+): [^#\n]*# *(.*)$", "\n".join(sources), re.MULTILINE))
+
+
 def parse(config_class: type, presets: dict[str, dict], argv: list[str] | None = None):
     """Command line -> checked Config. Flags are the dataclass's fields, their help the trailing
     comments; a field without default is positional. --preset, by default the first, changes the
@@ -711,9 +718,7 @@ def parse(config_class: type, presets: dict[str, dict], argv: list[str] | None =
     parser.error = lambda text: parser.exit(2, f"{script}.py: error: {text} (see --help)\n")
     if presets:
         parser.add_argument("--preset", choices=presets, help="defaults for all other flags")
-    sources = map(inspect.getsource, reversed(config_class.__mro__[:-1]))
-    comments = dict(re.findall(r"^    (\w+): [^#\n]*# *(.*)$", "\n".join(sources), re.MULTILINE))
-    hints = typing.get_type_hints(config_class)
+    comments, hints = trailing_comments(config_class), typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         text = comments[field.name].replace("%", "%%")
         if field.default is dataclasses.MISSING:

@@ -350,7 +350,8 @@ def test_compiled_runs_draw_save_and_resume(tmp_path, shapes_folder):
 
 
 @pytest.mark.parametrize("method, term, limit, precision", [
-    ("mae", "loss", 3, "fp16"), ("msg-ada", "pix", 3, "bf16"), ("msg-ada", "pix", 3, "fp16"),
+    ("mae", "loss", 3, "fp16"), ("msg-ada", "pix", 3, "bf16"),
+    pytest.param("msg-ada", "pix", 3, "fp16", marks=pytest.mark.slow),
     ("mixed_ae", "recon", 2, "bf16"), ("cmae", "loss", 5, "fp16"),
     ("supervised_mim", "loss", 6, "bf16"),
 ])  # fmt: skip
@@ -631,24 +632,24 @@ def test_an_error_in_a_real_process_is_one_line_without_traceback():
     ("msg-ada", ["--depth", "4", "--decoder-depth", "4", "--batch-size", "16"],
      {"pix": (1.6, 3.4)}),
     ("mixed_ae", ["--decoder-depth", "1"], {"recon": (0.5, 1.3), "topk_accuracy": (0.2, 0.4)}),
-    ("cmae", [], {"recon": (1.0, 2.4), "contrastive_acc": (2 / 64, 1)}),
+    ("cmae", [], {"recon": (1.0, 2.6), "contrastive_acc": (2 / 64, 1)}),
     ("supervised_mim",
      ["--decoder-depth", "1", "--tokenizer-epochs", "2", "--tokenizer-width", "4",
       "--codebook-size", "64", "--patch-size", "8", "--knn-every", "0", "--lr", "1e-3"],
      {"class_loss": (0, math.log(10)), "token_loss": (0, math.log(64))}),
 ])  # fmt: skip
 def test_real_images_learn(method, flags, ranges, cifar_folder, tmp_path):
-    """CIFAR-10 as a user has it, in 50 steps. Untrained, the loss of mae is about 1.4, pix,
+    """CIFAR-10 as a user has it, in 30 steps. Untrained, the loss of mae is about 1.4, pix,
     of four scales, 4."""
     script = METHODS[method].script
     arguments = [
         "--preset", "cifar", "--data", str(cifar_folder), "--device", "cpu", "--workers", "0",
-        "--depth", "2", "--batch-size", "32", "--steps", "50", "--epochs", "2",
+        "--depth", "2", "--batch-size", "32", "--steps", "30", "--epochs", "2",
         "--warmup-epochs", "0.25", "--lr", "4e-4", "--out", str(tmp_path), *flags,
     ]  # fmt: skip
     script.main(common.parse(script.Config, script.PRESETS, arguments))
     (line,) = metrics(tmp_path)
-    assert line["step"] == 50
+    assert line["step"] == 30
     for name, (low, high) in ranges.items():
         assert low < line[name] < high, name
     if method == "supervised_mim":  # RandAugment and mixup are on; and a tokenizer of 100 steps
