@@ -392,14 +392,50 @@ def draw_boxes(encoder: common.ViT, imgs: Tensor, boxes: Tensor) -> dict[str, Te
 
 # ------------------------------------------------------------------------------ training
 
-COLOURS = v2.Compose([
-    v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8), v2.RandomGrayscale(0.2),
-])  # fmt: skip
+def grey(imgs: Tensor) -> Tensor:
+    """(B, 3, H, W) -> (B, 1, H, W)"""
+    red, green, blue = imgs.split(1, dim=1)
+    return 0.2989 * red + 0.587 * green + 0.114 * blue
+
+
+def turn_hue(imgs: Tensor, turns: Tensor) -> Tensor:
+    """imgs (B, 3, H, W) in 0..1, whose hues move by turns (B, 1, 1, 1) of the circle."""
+    (red, green, blue), value = imgs.split(1, dim=1), imgs.amax(dim=1, keepdim=True)
+    chroma = value - imgs.amin(dim=1, keepdim=True)
+    sixth = torch.where(value == green, 2 * chroma + blue - red, 4 * chroma + red - green)
+    sixth = torch.where(value == red, green - blue, sixth) / chroma.clamp(min=1e-9) + 6 * turns
+    distance = (torch.cat([sixth + n for n in (5, 3, 1)], dim=1) % 6 - 2).abs()
+    return value - chroma * (2 - distance).clamp(0, 1)
+
+
+def jitter(imgs: Tensor, brightness, contrast, saturation, hue, order: list[int]) -> Tensor:
+    """imgs (B, 3, H, W) in 0..1 -> ColorJitter's four changes of them, in this order, each image by
+    its own factors (B, 1, 1, 1)."""
+    for change in order:
+        if change == 0:
+            imgs = imgs * brightness
+        elif change == 1:
+            imgs = torch.lerp(grey(imgs).mean(dim=(2, 3), keepdim=True), imgs, contrast)
+        elif change == 2:
+            imgs = torch.lerp(grey(imgs), imgs, saturation)
+        else:
+            imgs = turn_hue(imgs, hue)
+        imgs = imgs.clamp(0, 1)
+    return imgs
 
 
 def change_colours(imgs: Tensor) -> Tensor:
-    """Normalised images (B, 3, H, W), each changed in its own way."""
-    return common.normalize(255 * torch.stack([COLOURS(img) for img in common.denormalize(imgs)]))
+    """Normalised images (B, 3, H, W), each changed in its own way: ColorJitter(0.4, 0.4, 0.2, 0.1),
+    of all images in the same order, with probability 0.8, then grey with probability 0.2."""
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.empty(len(imgs), 1, 1, 1, device=imgs.device).uniform_(low, high)
+
+    x = common.denormalize(imgs)
+    factors = uniform(0.6, 1.4), uniform(0.6, 1.4), uniform(0.8, 1.2), uniform(-0.1, 0.1)
+    changed = jitter(x, *factors, order=torch.randperm(4).tolist())
+    x = torch.where(uniform(0, 1) < 0.8, changed, x)
+    return common.normalize(255 * torch.where(uniform(0, 1) < 0.2, grey(x), x))
 
 
 @torch.no_grad()

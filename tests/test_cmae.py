@@ -1,5 +1,6 @@
 """CMAE: each part against a slow version of its formula, then runs of the script."""
 
+import itertools
 import math
 
 import pytest
@@ -566,6 +567,22 @@ def test_boxes_are_renewed_every_fifth_of_the_epochs_and_not_in_mid_epoch(
     assert updates == [4, 8, 12, 16]  # of 20 steps, two an epoch
     pictures = sorted(path.name for path in tmp_path.glob("boxes_*.png"))
     assert pictures == [f"boxes_{epoch:04d}.png" for epoch in (3, 5, 7, 9)]
+
+
+def test_colours_are_changed_as_torchvision_changes_them():
+    """Image by image, in every order; also grey, black, white and few-coloured images."""
+    torch.manual_seed(0)
+    imgs, v = torch.rand(8, 3, 5, 7), v2.functional
+    imgs[0], imgs[1], imgs[2], imgs[3] = 0, 1, torch.rand(1, 5, 7), imgs[3].round()
+    changes = v.adjust_brightness, v.adjust_contrast, v.adjust_saturation, v.adjust_hue
+    for order in itertools.permutations(range(4)):
+        factors = [torch.empty(8, 1, 1, 1).uniform_(0.6, 1.4) for _ in range(3)]
+        factors.append(torch.empty(8, 1, 1, 1).uniform_(-0.3, 0.3))
+        changed = cmae.jitter(imgs, *factors, order=list(order))
+        for i, expected in enumerate(imgs):
+            for change in order:
+                expected = changes[change](expected, factors[change][i].item())
+            torch.testing.assert_close(changed[i], expected, rtol=0, atol=1e-5)
 
 
 def test_each_image_has_its_own_colours_sometimes_none():
