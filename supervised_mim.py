@@ -68,7 +68,8 @@ Known deviations
     one mixup share in each micro-batch                 a recipe depends on --accumulate and on the
                                                         number of processes
     logits of visible patches, too, which no loss uses  0.3 % of the arithmetic of ViT-B/14
-    fp32 may be TF32 on a GPU, in the tokenizer, too    a token between two codes may be the other
+    tokens are found under autocast, in bf16 on a GPU   0.9 % of the demo's are others, as many as
+                                                        after noise of one grey level
 """
 
 import dataclasses
@@ -258,6 +259,7 @@ class VQTokenizer(nn.Module):
         self.register_buffer("sums", torch.zeros(codebook_size, dim))  # of these vectors
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         self.seen = []  # vectors and ids since the last update
+        self.to(memory_format=torch.channels_last)  # a sixth faster on a CPU
 
     def get_extra_state(self) -> dict:
         return self.settings
@@ -566,9 +568,9 @@ def main(cfg: Config) -> None:
             run.set_lr(optimizer)
             for imgs, *clean, labels in micro_batches:
                 clean = clean[0] if clean else imgs
-                # Before mixup: of the very pixels that the masked pass is shown.
-                token_ids = tokenizer.encode(clean) if tokenizer else None
                 with run.autocast():
+                    # Before mixup: of the very pixels that the masked pass is shown.
+                    token_ids = tokenizer.encode(clean) if tokenizer else None
                     imgs, targets = mixup(imgs, labels) if mixup else (imgs, labels)
                     loss, stats = ddp(imgs, targets, token_ids, clean)
                 run.backward(loss)

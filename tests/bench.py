@@ -85,8 +85,7 @@ def make_step(name: str, preset: str, batch: int, device: torch.device):
         if name == "cmae":
             return model(imgs, cmae.change_colours(imgs), momentum=0.99)[0]
         if script is supervised_mim:
-            with torch.autocast(device.type, enabled=False):  # in fp32, as in the script
-                token_ids = tokenizer.encode(imgs) if name == "mim-tokens" else None
+            token_ids = tokenizer.encode(imgs) if name == "mim-tokens" else None
             return model(imgs, labels, token_ids)[0]
         return model(imgs)[0]
 
