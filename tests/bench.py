@@ -1,30 +1,37 @@
-"""Speed and memory of training steps, measured side by side; nothing is asserted.
+"""Speed and memory of training, measured side by side; nothing is asserted.
 
     python tests/bench.py                                        # MAE, and with timm's blocks
-    python tests/bench.py --preset imagenet --batch 64           # ViT-B/16 at 224 px, on a GPU
+    python tests/bench.py --preset imagenet --batch 64 --compile # ViT-B/16 at 224 px, on a GPU
     python tests/bench.py --methods mae ls msg msg-ada           # Perceptual MAE
     python tests/bench.py --methods mae mixed_ae naive-mixing
     python tests/bench.py --methods mae cmae cmae-one-view       # with and without contrast
     python tests/bench.py --methods supervised mim-tokens mim-pixels
+    python tests/bench.py --epoch 200 --data FOLDER              # the scripts' own loop, too
     python tests/bench.py --decode FOLDER                        # images/s that a core prepares
 
-Forward, losses, backward and optimisers, on random images, all methods in turn, beside the first
-of them. The median over --rounds; the mean over 16 where ls, msg or msg-ada is among them, of which
-some steps do more. Peak memory is that of a process of its own (CPU: Linux, the growth of its
-resident set).
+A step is forward, losses, backward and optimisers, on random images, all methods in turn. The
+median over --rounds; the mean over 16 where ls, msg or msg-ada is among them, of which some steps
+do more. `of peak` is its arithmetic beside a large matrix product's in the same number format.
+Peak memory is that of a process of its own (CPU: Linux, the growth of its resident set). `loop`
+is the images/s of --epoch so many steps of the script, and the share of time it waited for data.
 """
 
 import argparse
+import contextlib
+import io
 import itertools
+import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cmae
@@ -60,15 +67,19 @@ def autocast(device: torch.device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def make_step(name: str, preset: str, batch: int, device: torch.device):
+def preset_of(script, preset: str) -> str:
+    return preset if preset in script.PRESETS else "tiny-imagenet"  # CMAE's largest
+
+
+def make_step(name: str, args, device: torch.device):
     """A function without arguments: one training step of the method."""
     script, settings = METHODS[name]
-    preset = preset if preset in script.PRESETS else "tiny-imagenet"  # CMAE's largest
-    cfg = script.Config(**script.PRESETS[preset] | settings)
+    cfg = script.Config(**script.PRESETS[preset_of(script, args.preset)] | settings)
+    batch = args.batch
     size = cfg.img_size
     imgs, labels = torch.randn(batch, 3, size, size, device=device), torch.arange(batch)
     if name in ADVERSARIAL:
-        return adversarial_step(cfg, imgs)
+        return adversarial_step(cfg, imgs, args.compile)
     if script is supervised_mim:
         model, labels = script.build(cfg, 1000), labels.to(device) % 1000
         tokenizer = script.build_tokenizer(cfg).to(device).eval().requires_grad_(False)
@@ -90,6 +101,8 @@ def make_step(name: str, preset: str, batch: int, device: torch.device):
         return model(imgs)[0]
 
     optimizer = common.adamw(model.to(device), weight_decay=0.05, lr=1e-4)
+    if args.compile:
+        model.compile()
 
     def step() -> None:
         with autocast(device):
@@ -107,8 +120,10 @@ def timm_block(ours: common.Block) -> nn.Module:
     return TimmBlock(dim, heads, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=eps))
 
 
-def adversarial_step(cfg: mae_perceptual.Config, imgs: torch.Tensor):
+def adversarial_step(cfg: mae_perceptual.Config, imgs: torch.Tensor, compile: bool):
     model = mae_perceptual.build(cfg).to(imgs.device)
+    if compile:
+        model.compile()
     adversary = mae_perceptual.build_adversary(cfg).to(imgs.device)
     adversary.augment.p = 0.3  # at 0 it costs nothing
     players, counter = (model, adversary.discriminator), itertools.count()
@@ -128,7 +143,12 @@ def adversarial_step(cfg: mae_perceptual.Config, imgs: torch.Tensor):
     return step
 
 
-def peak_memory(name: str, preset: str, batch: int, device: torch.device) -> float:
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_memory(name: str, args, device: torch.device) -> float:
     """MiB that the model and its first steps need."""
 
     def high_water_mark() -> int:  # of this process; ru_maxrss would include its parent's
@@ -136,10 +156,45 @@ def peak_memory(name: str, preset: str, batch: int, device: torch.device) -> flo
             return torch.cuda.max_memory_allocated()
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
-    before, step = high_water_mark(), make_step(name, preset, batch, device)
+    before, step = high_water_mark(), make_step(name, args, device)
     for _ in range(3):
         step()
     return (high_water_mark() - before) / 2**20
+
+
+def matrix_peak(device: torch.device) -> float:
+    """Arithmetic a second of a large matrix product."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, times = torch.randn(n, n, device=device), []
+    with autocast(device):
+        for _ in range(8):
+            synchronize(device)
+            begin = time.perf_counter()
+            a @ a
+            synchronize(device)
+            times.append(time.perf_counter() - begin)
+    return 2 * n**3 / min(times)
+
+
+def loop(name: str, args) -> dict:
+    """What metrics.jsonl says after --epoch steps of the script itself, on a new folder."""
+    script, settings = METHODS[name]
+    flags = ["--preset", preset_of(script, args.preset), "--data", args.data, "--device",
+             args.device, "--batch-size", args.batch, "--steps", args.epoch, "--knn-every", 0,
+             "--recon-every", 10**6, "--epochs", 10**6]  # fmt: skip
+    flags += ["--compile"] if args.compile else []
+    for key, value in settings.items():
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            flags += [f"--{flag}" if value else f"--no-{flag}"]
+        elif value is not None:
+            flags += [f"--{flag}", value]
+    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
+        flags = [str(x) for x in (*flags, "--out", out)]
+        script.main(common.parse(script.Config, script.PRESETS, flags))
+        *_, last = (Path(out) / "metrics.jsonl").read_text().splitlines()
+    line = json.loads(last)
+    return {"loop_images_per_s": line["images_per_s"], "data_wait": line["data_wait"]}
 
 
 def decode(folder: str, size: int = 224, count: int = 400) -> None:
@@ -159,6 +214,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--epoch", type=int, default=0, metavar="STEPS")
+    parser.add_argument("--data", default="shapes", help="of --epoch")
+    parser.add_argument("--json", action="store_true", help="a line of JSON for each method")
     parser.add_argument("--decode", metavar="FOLDER")
     parser.add_argument("--methods", nargs="+", choices=METHODS,
                         default=["mae", "timm"] if TimmBlock else ["mae"])  # fmt: skip
@@ -167,31 +226,48 @@ def main() -> None:
     if args.decode:
         return decode(args.decode)
     device = common.set_up_process(args.device)
+    torch.set_float32_matmul_precision("high")  # as in a run
     if args.memory_of:
-        return print(peak_memory(args.memory_of, args.preset, args.batch, device))
+        return print(peak_memory(args.memory_of, args, device))
 
-    steps = {name: make_step(name, args.preset, args.batch, device) for name in args.methods}
+    steps = {name: make_step(name, args, device) for name in args.methods}
     rounds, average = args.rounds, statistics.median
     if ADVERSARIAL & set(steps):
         rounds, average = 16, statistics.mean
-    times = {name: [] for name in steps}
+    times, arithmetic = {name: [] for name in steps}, {}
+    for name, step in steps.items():
+        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+            step()
+        arithmetic[name] = counter.get_total_flops()
     for i in range(rounds + 2):
         for name, step in steps.items():
             begin = time.perf_counter()
             step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(device)
             if i >= 2:  # warm-up
                 times[name].append(time.perf_counter() - begin)
     where = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    print(f"{args.preset}, batch {args.batch}, {where}, {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__}, {rounds} rounds")  # fmt: skip
+    peak = matrix_peak(device)
+    print(f"{args.preset}, batch {args.batch}, {where}, {torch.get_num_threads()} threads, torch "
+          f"{torch.__version__}, {rounds} rounds{', compiled' * args.compile}; matrix product "
+          f"{peak / 1e12:.2f} TFLOP/s", file=sys.stderr if args.json else None)  # fmt: skip
     for name, seconds in times.items():
         command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", name]
         memory = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        middle, ratio = average(seconds), average(seconds) / average(times[args.methods[0]])
-        print(f"{name:20s} {1000 * middle:8.1f} ms a step {args.batch / middle:8.0f} images/s"
-              f" {memory:8.0f} MiB peak {ratio:8.3f} x {args.methods[0]}'s time")  # fmt: skip
+        middle, first = average(seconds), average(times[args.methods[0]])
+        row = {"method": name, "ms": 1000 * middle, "images_per_s": args.batch / middle,
+               "beside_first": middle / first, "of_peak": arithmetic[name] / middle / peak,
+               "peak_MiB": memory}  # fmt: skip
+        row |= loop(name, args) if args.epoch and name != "timm" else {}
+        if args.json:
+            print(json.dumps(row), flush=True)
+            continue
+        text = (f"{name:14s} {row['ms']:8.1f} ms {row['images_per_s']:8.0f} images/s "
+                f"{row['beside_first']:7.3f} x {args.methods[0]} {row['of_peak']:6.2f} of peak "
+                f"{memory:7.0f} MiB")  # fmt: skip
+        if "data_wait" in row:
+            text += f"  loop {row['loop_images_per_s']:.0f} images/s, {row['data_wait']:.2f} waited"
+        print(text, flush=True)
 
 
 if __name__ == "__main__":
