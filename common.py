@@ -821,10 +821,13 @@ def run_over() -> Tensor:
 
 class Images:
     """One split of a data set: `labels` (N,) int64, -1 where unknown; `classes`, their names, empty
-    without labels; and either `pixels` (N, 3, H, W) uint8 on the training device, or `paths`."""
+    without labels; and either `pixels` (N, 3, H, W) uint8 on the training device, or `paths` (N,),
+    of bytes."""
 
-    def __init__(self, labels: Tensor, classes: list[str], pixels=None, paths=None):
-        self.labels, self.classes, self.pixels, self.paths = labels, classes, pixels, paths
+    def __init__(self, labels: Tensor, classes: list[str], pixels=None, paths=()):
+        self.labels, self.classes, self.pixels = labels, classes, pixels
+        # One array: each loader worker would soon have its own copy of a million Python objects.
+        self.paths = np.array([os.fsencode(path) for path in paths])
         # Shared with loader workers, so that a broken file is named once and not tried again.
         self.unreadable = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
 
@@ -844,9 +847,10 @@ class Images:
         raise UserError(f"none of the {len(self)} images can be read any more")
 
 
-def read_image(path: Path) -> np.ndarray | None:
+def read_image(path: bytes) -> np.ndarray | None:
     """RGB (3, H, W) uint8, the first frame as it is stored: like torchvision, not turned by EXIF.
     None, with a warning that names the file, if it cannot be decoded."""
+    path = os.fsdecode(path)
     try:
         with Image.open(path) as image:
             if image.mode[0] in "IF":  # convert() would clip 16 bits, not scale them
@@ -911,17 +915,19 @@ def folder_images(root: Path, split: str, device) -> Images | None:
     paths = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         here = Path(parent)
-        paths += [here / file for file in files if Path(file).suffix.lower() in IMAGE_SUFFIXES]
+        files = (x for x in files if os.path.splitext(x)[1].lower() in IMAGE_SUFFIXES)
+        paths += [os.path.join(parent, file) for file in files]
         above = {x.resolve() for x in (here, *here.absolute().parents)}  # a link there is a circle
         folders[:] = [x for x in folders if (here / x).resolve() not in above]
-    paths.sort()
+    paths.sort(key=lambda path: path.replace(os.sep, "\0"))  # folder by folder
     if not paths:
         raise UserError(f"no images under {folder} (looked for {' '.join(sorted(IMAGE_SUFFIXES))})")
-    names = [path.relative_to(folder).parts[0] for path in paths]  # of class folders, if any
+    start = len(os.path.join(folder, ""))
+    names = [path[start:].split(os.sep)[0] for path in paths]  # of class folders, if any
     if (annotations := folder / "val_annotations.txt").is_file():  # Tiny-ImageNet's val/
         lines = (line.split("\t") for line in annotations.read_text().splitlines())
         class_of = {name: class_name for name, class_name, *_ in lines}
-        names = [class_of.get(path.name, path.name) for path in paths]
+        names = [class_of.get(os.path.basename(path)) for path in paths]
     classes, labels = [], torch.full((len(paths),), -1)
     if has_splits:
         classes = sorted(entry.name for entry in (root / "train").iterdir()

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -139,7 +140,7 @@ def test_labels_follow_their_images(shapes_folder, monkeypatch):
     files = common.load_images(str(shapes_folder), "train", 16)
     for i in range(len(files)):
         image, label = files.read(i)
-        assert files.classes[label] == files.paths[i].parent.name
+        assert files.classes[label] == Path(os.fsdecode(files.paths[i])).parent.name
         assert torch.equal(image, resident.pixels[i])
         assert label == resident.labels[i] == resident.read(i)[1]
         assert torch.equal(image, resident.read(i)[0])
@@ -301,6 +302,27 @@ def test_folder_layouts(tmp_path, shapes_folder):
     (tmp_path / "mixed" / "0000.png").rename(tmp_path / "mixed" / "big.png")
     write_images(tmp_path / "mixed", 1, 16, 1, labelled=False)
     assert common.load_images(str(tmp_path / "mixed"), "train", 16).pixels is None  # sizes differ
+
+
+def test_any_file_name_is_found_in_the_order_of_paths_and_read(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(common, "RESIDENT_BYTES", 0)
+    names = ("a/1", "a b/1", "a-b/1", "a/b/1", "a.b/1", "a/b-1", "ö/ä", os.fsdecode(b"\xff/\xfe"))
+    for split, name in ((split, name) for split in ("train", "val") for name in names):
+        path = tmp_path / split / f"{name}.PNG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (2, 2), (names.index(name), 0, 0)).save(path)
+    expected = sorted((tmp_path / "val").rglob("*.PNG"))
+    images = pickle.loads(pickle.dumps(common.load_images(str(tmp_path), "val", 2)))
+    assert [Path(os.fsdecode(path)) for path in images.paths] == expected
+    for i, path in enumerate(expected):
+        image, label = images.read(i)
+        folder, *_ = path.relative_to(tmp_path / "val").parts
+        assert images.classes[label] == folder
+        assert names[image[0, 0, 0]] == str(path.relative_to(tmp_path / "val").with_suffix(""))
+        path.write_text("no image")
+    with pytest.raises(UserError):
+        images.read(0)
+    assert capfd.readouterr().err.count("unreadable") == len(names)  # whose names can be printed
 
 
 def test_the_layout_of_tiny_imagenet(tmp_path):
