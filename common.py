@@ -643,7 +643,7 @@ class TrainConfig:
     out: str | None = None  # run folder; by default runs/<script>-<preset>
     save_minutes: float = 15.0  # save within an epoch, too, after so many minutes
     restart: bool = False  # delete the run that the folder holds and start over
-    workers: int = 4  # processes that decode images, where the set does not fit in memory
+    workers: int | None = None  # processes that decode images; by default one a core, at most 10
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU if there is one
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU, else fp32
     compile: bool = False  # torch.compile: a slow first step, then faster; for long runs on a GPU
@@ -787,16 +787,19 @@ def entry_point(main):
 
 # ------------------------------------------------------------------------------ data sets
 
-RESIDENT_BYTES = 4 << 30  # equally sized images up to this total are kept decoded on the device
+RESIDENT_BYTES = 4 << 30  # each process keeps equally sized images up to this total on its device
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 BICUBIC = v2.InterpolationMode.BICUBIC
 SHAPES = ("disk", "ring", "square", "triangle", "star",
           "cross", "crescent", "bar", "heart", "corner")  # fmt: skip
 
 
-def data_loader(batches: Batches, keys: list, device, workers: int, persistent: bool = False):
-    """A DataLoader of the batches with these keys; its worker processes are for images that are
-    made one by one."""
+def data_loader(batches: Batches, keys: list, device, workers: int | None, persistent=False):
+    """A DataLoader of the batches with these keys. Images that are made one by one are made by
+    `workers` processes: by default one a core, at most 10; all of torchrun's share the cores."""
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        workers = max(1, min(10, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     workers = workers if batches.single else 0
     outlive = functools.partial(outlive_signals, run_over(), os.getpid()) if workers else None
     return torch.utils.data.DataLoader(
@@ -824,12 +827,11 @@ def run_over() -> Tensor:
 
 class Images:
     """One split of a data set: `labels` (N,) int64, -1 where unknown; `classes`, their names, empty
-    without labels; and either `pixels` (N, 3, H, W) uint8 on the training device, or `paths` (N,),
-    of bytes."""
+    without labels; and either `pixels` (N, 3, H, W) uint8 on the training device, or `paths`."""
 
     def __init__(self, labels: Tensor, classes: list[str], pixels=None, paths=()):
         self.labels, self.classes, self.pixels = labels, classes, pixels
-        # One array: each loader worker would soon have its own copy of a million Python objects.
+        # Bytes in one array: of a million objects, each loader worker would soon have its own copy.
         self.paths = np.array([os.fsencode(path) for path in paths])
         # Shared with loader workers, so that a broken file is named once and not tried again.
         self.unreadable = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
@@ -844,16 +846,15 @@ class Images:
             return self.pixels[index], int(self.labels[index])
         for i in itertools.chain(range(index, len(self)), range(index)):
             if not self.unreadable[i]:
-                if (image := read_image(self.paths[i])) is not None:
+                if (image := read_image(os.fsdecode(self.paths[i]))) is not None:
                     return torch.from_numpy(image), int(self.labels[i])
                 self.unreadable[i] = True
         raise UserError(f"none of the {len(self)} images can be read any more")
 
 
-def read_image(path: bytes) -> np.ndarray | None:
+def read_image(path: str) -> np.ndarray | None:
     """RGB (3, H, W) uint8, the first frame as it is stored: like torchvision, not turned by EXIF.
     None, with a warning that names the file, if it cannot be decoded."""
-    path = os.fsdecode(path)
     try:
         with Image.open(path) as image:
             if image.mode[0] in "IF":  # convert() would clip 16 bits, not scale them
@@ -952,14 +953,12 @@ def decode_all(images: Images, folder: Path, device) -> Images | None:
     pixels = None
     quiet = True if int(os.environ.get("RANK", 0)) > 0 else None  # None: only on a terminal
     for i, path in enumerate(tqdm(images.paths, f"reading {folder}", leave=False, disable=quiet)):
-        if (image := read_image(path)) is None:
+        if (image := read_image(os.fsdecode(path))) is None:
             images.unreadable[i] = True
             continue
-        if pixels is None:
-            if len(images) * image.nbytes > RESIDENT_BYTES:
-                return None
+        if pixels is None and len(images) * image.nbytes <= RESIDENT_BYTES:
             pixels = np.empty((len(images), *image.shape), np.uint8)  # faster to fill than a tensor
-        if image.shape != pixels.shape[1:]:
+        if pixels is None or image.shape != pixels.shape[1:]:
             return None
         pixels[i] = image
     if pixels is None:
@@ -1116,8 +1115,8 @@ def evenly_spaced(images: Images, limit: int | None) -> Tensor:
     return index[torch.linspace(0, len(index) - 1, limit, dtype=torch.float64).long()]
 
 
-def eval_batches(images: Images, size: int, device, limit: int | None = None, workers: int = 0,
-                 share: bool = True, view=None) -> Iterator[tuple[Tensor, Tensor]]:
+def eval_batches(images: Images, size: int, device, limit: int | None = None,
+                 workers: int | None = 0, share=True, view=None) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields normalised images (b, 3, size, size) and labels (b,), in order, by `view`, which is
     CentreCrop(size) unless given; see `evenly_spaced` for `limit`. With several processes each gets
     its `share`; `gather_rows` brings results together."""

@@ -158,14 +158,13 @@ PRESETS = {
         decoder_dim=512, decoder_depth=8, decoder_heads=16, min_crop=0.2,
         epochs=300, batch_size=64, lr=1.5e-4, lr_decay=0.9, warmup_epochs=0, weight_decay=0.0,
         disc_width=512, disc_lr=1.5e-4, feature_weight=0.05, style_weight=40.0, adv_weight=0.7,
-        r1_gamma=10.0, refresh_epochs=5.0, workers=10,
+        r1_gamma=10.0, refresh_epochs=5.0,
     ),
     "imagenet-mae": dict(  # MAE, appendix A, table 8; 1600 epochs give the paper's best
         variant="mae",
         data="imagenet", img_size=224, patch_size=16, size="base", mask_ratio=0.75,
         decoder_dim=512, decoder_depth=8, decoder_heads=16, norm_pix=True, min_crop=0.2,
         epochs=800, batch_size=4096, base_lr=1.5e-4, warmup_epochs=40, weight_decay=0.05,
-        workers=10,
     ),
 }  # fmt: skip
 

@@ -140,7 +140,7 @@ PRESETS = {
         data="imagenet", img_size=224, patch_size=14, size="base", mask_ratio=0.5, min_crop=0.05,
         epochs=300, batch_size=4096, lr=1e-3, warmup_epochs=10_000 / 312,  # 10 000 steps
         clip_grad=1.0, weight_decay=0.1, mixup=0.5, randaug=15, mim_weight=1.0, decoder_depth=2,
-        codebook_size=1024, codebook_dim=256, knn_every=5, workers=10,
+        codebook_size=1024, codebook_dim=256, knn_every=5,
     ),
 }  # fmt: skip
 

@@ -260,6 +260,21 @@ def test_a_stand_in_brings_its_own_label_and_there_must_be_one(tmp_path):
         images.read(1)
 
 
+@pytest.mark.parametrize("cores, processes, expected", [
+    (6, 1, 6), (64, 1, 10), (64, 16, 4), (7, 2, 3), (2, 4, 1),
+])  # fmt: skip
+def test_workers_are_by_default_as_many_as_a_process_has_cores(
+    cores, processes, expected, monkeypatch
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    images = common.Images(torch.zeros(8), [], torch.zeros(8, 3, 4, 4, dtype=torch.uint8))
+    for workers, found in ((None, expected), (0, 0), (1, 1)):
+        assert make_loader(images, workers=workers, single=True).loader.num_workers == found
+        assert make_loader(images, workers=workers).loader.num_workers == 0
+    assert common.Config().workers is None
+
+
 @pytest.mark.parametrize("single", [False, True])
 def test_crops_are_new_in_every_epoch(single):
     images = common.load_images("shapes", "val", 32)
