@@ -141,11 +141,9 @@ def test_killed_at_every_write(name, entry, tmp_path):
 def test_killed_at_random_moments(name, number, entry, tmp_path):
     """20 signals land in runs, of which the next may go on with what the last has left."""
     (arguments, expected), draw = entry(name), random.Random(name)
-    landed = finished = 0
-    begun = time.monotonic()
-    start(begin, name, tmp_path / "time", *arguments).join()
-    length = time.monotonic() - begun
+    landed, finished, length = 0, 0, 20.0
     while landed < 20:
+        begun = time.monotonic()
         process = start(begin, name, tmp_path / str(finished), *arguments, "--save-minutes",
                         draw.choice(["0", "0.005", "15"]))  # fmt: skip
         process.join(draw.uniform(0.2, 1) * length)
@@ -153,6 +151,7 @@ def test_killed_at_random_moments(name, number, entry, tmp_path):
             os.kill(process.pid, number)
         process.join()
         if process.exitcode == 0:
+            length = time.monotonic() - begun
             assert_same_runs(expected, tmp_path / str(finished))
             finished += 1
         else:  # a signal before the run has begun is not ours
