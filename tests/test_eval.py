@@ -150,17 +150,18 @@ def encoder_file(easy_folder, tmp_path):
 
 
 MODES = {
-    "cached": ["--mode", "linear", "--epochs", "20"],
-    "linear": ["--mode", "linear", "--no-cache-features", "--epochs", "20", "--lr", "8",
-               "--min-crop", "0.9"],
+    "cached": ["--mode", "linear"],
+    "linear": ["--mode", "linear", "--no-cache-features", "--epochs", "20", "--batch-size", "16",
+               "--lr", "8", "--min-crop", "0.9"],
     "knn": ["--mode", "knn"],
-    "finetune": ["--mode", "finetune", "--epochs", "20", "--lr", "0.002", "--accumulate", "2"],
-}
+    "finetune": ["--mode", "finetune", "--epochs", "20", "--batch-size", "16", "--lr", "0.002",
+                 "--accumulate", "2"],
+}  # fmt: skip
 
 
 def evaluate(file, mode: str, *flags) -> dict:
     """The mode's entry in eval.json. `file`: an encoder.pt, or the folder that has it."""
-    arguments = [str(file), *MODES[mode], "--batch-size", "16", "--workers", "0", "--device", "cpu"]
+    arguments = [str(file), *MODES[mode], "--workers", "0", "--device", "cpu"]
     eval_linear.main(common.parse(eval_linear.Config, {}, [*arguments, *flags]))
     folder = file if file.is_dir() else file.parent
     return json.loads((folder / "eval.json").read_text())[MODES[mode][1]]
@@ -256,27 +257,72 @@ def test_eval_json_keeps_other_modes(encoder_file):
     assert {"k10", "k20", "k100", "k200", "retrieval_1nn"} <= entries["knn"].keys()
 
 
-def test_cached_probe_reaches_the_score_of_logistic_regression():
-    """Gaussian classes in place of features: LARS and BatchNorm against scikit-learn's solver."""
-    linear_model = pytest.importorskip("sklearn.linear_model")
+def test_logistic_regression_equals_newtons_method():
+    """The same minimum, found in the weights themselves by a dense Hessian."""
     torch.manual_seed(0)
-    centres = torch.randn(6, 16) * torch.logspace(-1, 1, 16)  # channels of very different scale
-    labels = torch.randint(0, 6, (4000,))
-    features = centres[labels] + torch.randn(4000, 16) * torch.logspace(-1, 1, 16)
-    sets = iter([(features[:3000], labels[:3000]), (features[3000:], labels[3000:])])
-    settings = eval_linear.recipe("linear", 192, cached=3000)
-    cfg = eval_linear.Config(encoder="", device="cpu", out="", **settings)
-    run = common.Run(cfg)
-    encoder, images = common.ViT(16, 4, embed_dim=16, depth=1, num_heads=1), common.Images
-    original, eval_linear.all_features = eval_linear.all_features, lambda *a: next(sets)
-    try:
-        train = images(labels[:3000], list("abcdef"))
-        got = eval_linear.evaluate_cached(run, encoder, train, train)["top1"]
-    finally:
-        eval_linear.all_features = original
-    std = features[:3000].std(0)
-    theirs = linear_model.LogisticRegression(max_iter=500).fit(features[:3000] / std, labels[:3000])
-    assert got > 100 * theirs.score(features[3000:] / std, labels[3000:]) - 1.5
+    x = torch.randn(300, 5).double() @ torch.randn(5, 5).double() * torch.logspace(-2, 1, 5)
+    x, labels = x - x.mean(0), (x[:, 1:4] + 0.5 * torch.randn(300, 3)).argmax(1)
+    for l2 in (1.0, 1e-2, 1e-4):
+
+        def objective(w, l2=l2):  # (18,): weight (3, 5), bias (3,)
+            scores = x @ w[:15].view(3, 5).T + w[15:]
+            loss = (scores.exp().sum(1).log() - scores[torch.arange(300), labels]).mean()
+            return loss + l2 / 2 * (w[:15] ** 2).sum()
+
+        w = torch.zeros(18).double()
+        for _ in range(30):
+            gradient = torch.autograd.functional.jacobian(objective, w)
+            step = torch.linalg.pinv(torch.autograd.functional.hessian(objective, w)) @ gradient
+            while objective(w - step) > objective(w):
+                step = step / 2
+            w = w - step
+        weight, bias = eval_linear.logistic_regression(x, labels, 3, l2)
+        best, got = objective(w), objective(torch.cat([weight.flatten(), bias]))
+        assert 0 <= got - best + 1e-12 < 1e-6
+        limit = 0.02 * w[:15].abs().max()
+        torch.testing.assert_close(weight.flatten(), w[:15], atol=limit, rtol=0)
+        torch.testing.assert_close(bias - bias.mean(), w[15:] - w[15:].mean(), atol=limit, rtol=0)
+
+
+def probe(monkeypatch, train, test, **settings) -> dict:
+    """The cached probe of features and labels, in place of an encoder's."""
+    sets = iter([train, test])
+    monkeypatch.setattr(eval_linear, "all_features", lambda *arguments: next(sets))
+    run = common.Run(eval_linear.Config(encoder="", device="cpu", out="", **settings))
+    images = common.Images(train[1], list(range(int(train[1].max()) + 1)))
+    return eval_linear.evaluate_cached(run, None, images, images)
+
+
+def test_cached_probe_is_as_good_as_the_best_linear_classifier(monkeypatch):
+    """Gaussian classes in place of features: no classifier beats Bayes' rule, which is linear."""
+    torch.manual_seed(0)
+    scale = torch.logspace(-1, 1, 16)  # channels of very different scale
+    centres, labels = 0.7 * torch.randn(6, 16) * scale, torch.randint(0, 6, (8000,))
+    features = 100 + centres[labels] + torch.randn(8000, 16) * scale
+    distance = torch.cdist((features - 100) / scale, centres / scale)
+    bayes = eval_linear.accuracy(-distance[4000:], labels[4000:])["top1"]
+    sets = list(zip(features.split(4000), labels.split(4000), strict=True))
+    got = probe(monkeypatch, *sets)
+    assert 60 < bayes < 95 and abs(got["top1"] - bayes) < 1.5
+    strong = probe(monkeypatch, *sets, weight_decay=1.0)
+    alike = [((x - 100) / scale, y) for x, y in sets]  # channels are standardised anyway
+    assert probe(monkeypatch, *alike, weight_decay=1.0) == strong
+
+
+def test_cached_probe_holds_training_images_out_to_choose_its_weight(monkeypatch):
+    torch.manual_seed(2)
+    labels = torch.randint(0, 2, (4500,))
+    features = torch.randn(4500, 150)
+    features[:, 0] += 2 * labels
+    few, many = (features[:500], labels[:500]), (features[500:], labels[500:])
+    chosen = probe(monkeypatch, few, many)
+    weakest = probe(monkeypatch, few, many, weight_decay=1e-5)
+    assert chosen["top1"] > weakest["top1"] + 3 and weakest["weight_decay"] == 1e-5
+    again = probe(monkeypatch, few, many, weight_decay=chosen["weight_decay"])
+    assert again == chosen  # fitted to all training images in the end
+    wrong = probe(monkeypatch, few, (many[0], 1 - many[1]))
+    assert wrong["weight_decay"] == chosen["weight_decay"]  # no label of the test images is seen
+    assert wrong["top1"] == pytest.approx(100 - chosen["top1"], abs=0.02)
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -285,6 +331,8 @@ def test_cached_probe_reaches_the_score_of_logistic_regression():
     (["ENCODER", "--data", "absent"], "no such folder"),
     (["ENCODER", "--epochs", "0"], "--epochs must be at least 1"),
     (["ENCODER", "--drop-path", "2"], "--drop-path must be at most 1"),
+    (["ENCODER", "--lr", "1"], "--lr is of the full protocol"),
+    (["ENCODER", "--batch-size", "16", "--cache-features"], "add --no-cache-features"),
 ])  # fmt: skip
 def test_mistakes_are_one_line_and_exit_code_2(arguments, message, encoder_file, capsys):
     arguments = [encoder_file if a == "ENCODER" else a for a in arguments]
