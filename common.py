@@ -1521,20 +1521,30 @@ def git_hash() -> str:
 # ------------------------------------------------------------------------------ kNN, validation
 
 
+def nearest_neighbours(train_features: Tensor, test_features: Tensor, k: int):
+    """Cosines (N, k), largest first, and indices (N, k) of the k of the training features (M, D),
+    or all if they are fewer, that are nearest by cosine to each of (N, D). Memory does not grow
+    with N x M."""
+    train, k = F.normalize(train_features, dim=1).T, min(k, len(train_features))
+    chunks = test_features.split(max(1, (1 << 26) // len(train_features)))  # 256 MB of cosines
+    found = [(F.normalize(chunk, dim=1) @ train).topk(k, dim=1) for chunk in chunks]
+    return tuple(torch.cat(x) for x in zip(*found, strict=True))
+
+
+def knn_votes(cosine: Tensor, labels: Tensor, num_classes: int, temperature: float = 0.07):
+    """Votes (N, num_classes) of neighbours with these cosines (N, k) and labels (N, k): each adds
+    exp(cosine / temperature) to its class (Wu et al. 2018, as in DINO)."""
+    votes = torch.zeros(len(labels), num_classes, device=labels.device)
+    return votes.scatter_add_(1, labels, (cosine / temperature).exp())
+
+
 def knn_scores(train_features: Tensor, train_labels: Tensor, test_features: Tensor, k: int = 20,
                temperature: float = 0.07, num_classes: int | None = None) -> Tensor:
-    """Class votes (N, num_classes) of weighted kNN: each of the k training features nearest by
-    cosine adds exp(cosine / temperature) to its class (Wu et al. 2018, as in DINO).
-
-    train_features (M, D), train_labels (M,), test_features (N, D). Memory does not grow with N."""
-    k = min(k, len(train_features))
+    """The votes (N, num_classes) of the k nearest training features. train_features (M, D),
+    train_labels (M,), test_features (N, D)."""
+    cosine, index = nearest_neighbours(train_features, test_features, k)
     num_classes = num_classes or int(train_labels.max()) + 1
-    train, scores = F.normalize(train_features, dim=1).T, []
-    for test in test_features.split(max(1, (1 << 26) // len(train_features))):  # 256 MB of cosines
-        cosine, index = (F.normalize(test, dim=1) @ train).topk(k, dim=1)
-        votes = torch.zeros(len(test), num_classes, device=test.device)
-        scores.append(votes.scatter_add_(1, train_labels[index], (cosine / temperature).exp()))
-    return torch.cat(scores)
+    return knn_votes(cosine, train_labels[index], num_classes, temperature)
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:

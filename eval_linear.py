@@ -47,7 +47,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 import common
-from common import UserError, accuracy, knn_scores
+from common import UserError, accuracy
 
 
 @dataclass(kw_only=True)
@@ -182,10 +182,11 @@ def all_features(run: common.Run, encoder: common.ViT, images: common.Images):
 def evaluate_knn(run, encoder: common.ViT, train: common.Images, val: common.Images) -> dict:
     features, labels = all_features(run, encoder, train)
     test, test_labels = all_features(run, encoder, val)
+    cosine, index = common.nearest_neighbours(features, test, 200)
     results = {}
     for k in (1, 10, 20, 100, 200):
-        scores = knn_scores(features, labels, test, k, num_classes=len(train.classes))
-        results[f"k{k}"] = accuracy(scores, test_labels)
+        votes = common.knn_votes(cosine[:, :k], labels[index[:, :k]], len(train.classes))
+        results[f"k{k}"] = accuracy(votes, test_labels)
     return results["k20"] | {"retrieval_1nn": results.pop("k1")["top1"]} | results
 
 

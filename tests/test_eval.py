@@ -70,6 +70,24 @@ def test_knn_in_chunks_and_against_scikit_learn():
     assert everything.shape == (2, 3) and (everything > 0).all()
 
 
+def test_knn_of_every_k_equals_its_own_scores(monkeypatch):
+    torch.manual_seed(0)
+    labels = torch.randint(0, 8, (700,))
+    features = 4 + torch.randn(8, 6)[labels] + torch.randn(700, 6)  # far ones count, too
+    train, test = zip(features.split(400), labels.split(400), strict=True)
+    sets = iter([train, test])
+    monkeypatch.setattr(eval_linear, "all_features", lambda *arguments: next(sets))
+    images = common.Images(train[1], list(range(8)))
+    got = eval_linear.evaluate_knn(None, None, images, images)
+    expected = {}
+    for k in (1, 10, 20, 100, 200):
+        scores = common.knn_scores(*train, test[0], k, num_classes=8)
+        expected[f"k{k}"] = common.accuracy(scores, test[1])
+    assert len({x["top1"] for x in expected.values()}) > 2
+    top1 = expected.pop("k1")["top1"]
+    assert got == expected["k20"] | {"retrieval_1nn": top1} | expected
+
+
 def test_layer_decay_equals_its_formula():
     encoder = common.ViT(16, 4, embed_dim=12, depth=3, num_heads=2)
     model = eval_linear.FineTuned(encoder, 5, "mean")
