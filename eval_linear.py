@@ -14,9 +14,8 @@ linear     MAE's protocol: a linear layer after a BatchNorm without affine, on t
            H), 10 of warm-up, cosine; random crops of area (0.08, 1) and flips.
            --cache-features, the default for sets that fit in memory, computes the features once,
            without augmentation, and fits a logistic regression to them: seconds instead of hours,
-           and a number that is not comparable with the protocol's. Its L2 weight (weight_decay in
-           eval.json) is the one of a grid that does best on a tenth of the training images, which
-           is held out for that, or --weight-decay.
+           and a number that is not comparable with the protocol's. Its L2 weight, weight_decay in
+           eval.json, is --weight-decay or the best for a tenth of the training images, held out.
 knn        DINO's: the k nearest training images by cosine vote with weight exp(cosine / 0.07);
            k = 20 is the headline. Also the share of images whose nearest neighbour is of their
            class (1-NN retrieval).
@@ -88,15 +87,11 @@ def recipe(mode: str, width: int) -> dict:
     """The published settings for an encoder of this width; 1024 is ViT-L, 1280 ViT-H."""
     large, huge = width >= 1024, width >= 1280
     if mode == "finetune":
-        return {
-            "epochs": 50 if large else 100, "batch_size": 1024, "base_lr": 1e-3 if large else 5e-4,
-            "warmup_epochs": 5, "weight_decay": 0.05, "layer_decay": 0.75 if large else 0.65,
-            "drop_path": 0.3 if huge else 0.2 if large else 0.1, "pool": "mean",
-        }  # fmt: skip
-    return {
-        "epochs": 50 if large else 90, "batch_size": 16384, "base_lr": 0.1, "warmup_epochs": 10,
-        "weight_decay": 0.0, "pool": "cls",
-    }  # fmt: skip
+        return dict(epochs=50 if large else 100, batch_size=1024, base_lr=1e-3 if large else 5e-4,
+                    warmup_epochs=5, weight_decay=0.05, layer_decay=0.75 if large else 0.65,
+                    drop_path=0.3 if huge else 0.2 if large else 0.1, pool="mean")  # fmt: skip
+    return dict(epochs=50 if large else 90, batch_size=16384, base_lr=0.1, warmup_epochs=10,
+                weight_decay=0.0, pool="cls")  # fmt: skip
 
 
 class LARS(torch.optim.Optimizer):
@@ -112,8 +107,6 @@ class LARS(torch.optim.Optimizer):
     def step(self, closure=None) -> None:
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is None:
-                    continue
                 update = p.grad
                 if p.ndim > 1:
                     update = update + group["weight_decay"] * p
@@ -190,18 +183,17 @@ def evaluate_knn(run, encoder: common.ViT, train: common.Images, val: common.Ima
     return results["k20"] | {"retrieval_1nn": results.pop("k1")["top1"]} | results
 
 
-def logistic_regression(x: Tensor, labels: Tensor, num_classes: int, l2: float):
-    """Weight (classes, D) and bias (classes,) with the least cross-entropy + l2 / 2 * |weight|^2
-    of features x (N, D), of mean 0, and labels (N,)."""
+def logistic_regression(x: Tensor, labels: Tensor, test: Tensor, num_classes: int, l2: float):
+    """Scores (N, classes) of test (N, D) by the linear classifier with the least cross-entropy +
+    l2 / 2 * |weight|^2 for x (M, D), of mean 0, and labels (M,)."""
     # The unknowns are along the principal axes, in units of 1 / sqrt(curvature): LBFGS takes tens
     # of iterations for them, hundreds for the weight itself.
     variance, axes = torch.linalg.eigh(x.T @ x / len(x))
     units = axes / (variance / num_classes + l2).clamp(min=1e-9).sqrt()
     unknown = x.new_zeros(num_classes, x.shape[1], requires_grad=True)
     bias = x.new_zeros(num_classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [unknown, bias], max_iter=200, tolerance_grad=1e-4, line_search_fn="strong_wolfe"
-    )
+    optimizer = torch.optim.LBFGS([unknown, bias], max_iter=200, tolerance_grad=1e-4,
+                                  line_search_fn="strong_wolfe")  # fmt: skip
 
     def loss() -> Tensor:
         optimizer.zero_grad()
@@ -213,7 +205,7 @@ def logistic_regression(x: Tensor, labels: Tensor, num_classes: int, l2: float):
         return value
 
     optimizer.step(loss)
-    return (unknown @ units.T).detach(), bias.detach()
+    return (test @ units @ unknown.T + bias).detach()
 
 
 def evaluate_cached(run, encoder: common.ViT, train: common.Images, val: common.Images) -> dict:
@@ -223,20 +215,19 @@ def evaluate_cached(run, encoder: common.ViT, train: common.Images, val: common.
     # From here in float64: a GPU may round the products of float32 too roughly for a line search.
     std, mean = torch.std_mean(features.double(), dim=0)
     features, test = ((x - mean) / (std + 1e-6) for x in (features, test))
+    order = torch.randperm(len(labels), generator=common.seeded("held out", run.cfg.seed))
+    held, rest = order.to(run.device).tensor_split([max(1, len(labels) // 10)])
+    classes, l2 = len(train.classes), run.cfg.weight_decay
 
-    def score(l2: float, x: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor) -> dict:
-        weights = logistic_regression(x, labels, len(train.classes), l2)
-        return accuracy(F.linear(test, *weights), test_labels)
+    def held_out_loss(l2: float) -> float:
+        fit = features[rest], labels[rest], features[held], classes, l2
+        return F.cross_entropy(logistic_regression(*fit), labels[held]).item()
 
-    l2 = run.cfg.weight_decay
     if l2 is None:
-        order = torch.randperm(len(labels), generator=common.seeded("held out", run.cfg.seed))
-        held, rest = order.to(run.device).tensor_split([max(1, len(labels) // 10)])
-        sets = features[rest], labels[rest], features[held], labels[held]
-        # The strongest first: of equally good ones it is taken.
-        l2 = max((1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5), key=lambda l2: score(l2, *sets)["top1"])
+        l2 = min((1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5), key=held_out_loss)
     run.print(f"logistic regression on cached features, L2 weight {l2:g}")
-    return score(l2, features, labels, test, test_labels) | {"weight_decay": l2}
+    scores = logistic_regression(features, labels, test, classes, l2)
+    return accuracy(scores, test_labels) | {"weight_decay": l2}
 
 
 def train_and_validate(run, model: nn.Module, optimizer, loader, loss_of, predict, val, floor=0.0):

@@ -294,7 +294,9 @@ def test_logistic_regression_equals_newtons_method():
             while objective(w - step) > objective(w):
                 step = step / 2
             w = w - step
-        weight, bias = eval_linear.logistic_regression(x, labels, 3, l2)
+        unit = torch.eye(6, 5).double()  # the last row is zero
+        scores = eval_linear.logistic_regression(x, labels, unit, 3, l2)
+        weight, bias = (scores[:5] - scores[5]).T, scores[5]
         best, got = objective(w), objective(torch.cat([weight.flatten(), bias]))
         assert 0 <= got - best + 1e-12 < 1e-6
         limit = 0.02 * w[:15].abs().max()
@@ -337,7 +339,12 @@ def test_cached_probe_holds_training_images_out_to_choose_its_weight(monkeypatch
     weakest = probe(monkeypatch, few, many, weight_decay=1e-5)
     assert chosen["top1"] > weakest["top1"] + 3 and weakest["weight_decay"] == 1e-5
     again = probe(monkeypatch, few, many, weight_decay=chosen["weight_decay"])
-    assert again == chosen  # fitted to all training images in the end
+    assert again == chosen
+    std, mean = torch.std_mean(few[0].double(), dim=0)
+    x, test = ((x - mean) / std for x in (few[0], many[0]))  # all training images, in the end
+    scores = eval_linear.logistic_regression(x, few[1], test, 2, chosen["weight_decay"])
+    expected = common.accuracy(scores, many[1])["top1"]
+    assert chosen["top1"] == pytest.approx(expected, abs=0.05)
     wrong = probe(monkeypatch, few, (many[0], 1 - many[1]))
     assert wrong["weight_decay"] == chosen["weight_decay"]  # no label of the test images is seen
     assert wrong["top1"] == pytest.approx(100 - chosen["top1"], abs=0.02)
