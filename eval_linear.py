@@ -11,7 +11,8 @@ with one line such as `linear top-1 61.3 (untrained 38.2)`.
 
 linear     MAE's protocol: a linear layer after a BatchNorm without affine, on the frozen cls token;
            LARS, base lr 0.1 x batch / 256, no weight decay, batch 16384, 90 epochs (50 for L and
-           H), 10 of warm-up, cosine; random crops of area (0.08, 1) and flips.
+           H), 10 of warm-up, cosine; random crops of area (0.08, 1) and flips. As on its 32 GPUs, a
+           batch comes in pieces of 512, each with BatchNorm statistics of its own.
            --cache-features, the default for sets that fit in memory, computes the features once,
            without augmentation, and fits a logistic regression to them: seconds instead of hours,
            and a number that is not comparable with the protocol's. Its L2 weight, weight_decay in
@@ -61,6 +62,7 @@ class Config(common.TrainConfig):
     min_crop: float = 0.08  # smallest area of a random crop, as a share of the image
     epochs: int | None = None  # [linear 90, L and H 50; finetune 100, L and H 50]
     batch_size: int | None = None  # [linear 16384; finetune 1024]
+    accumulate: int | None = None  # micro-batches [linear: of 512 images; finetune 1]
     base_lr: float | None = None  # per 256 [linear 0.1; finetune 5e-4, L and H 1e-3]
     warmup_epochs: float | None = None  # at most a fifth of --epochs [linear 10, finetune 5]
     weight_decay: float | None = None  # [linear 0, cached chosen; finetune 0.05]
@@ -89,7 +91,8 @@ def recipe(mode: str, width: int) -> dict:
     if mode == "finetune":
         return dict(epochs=50 if large else 100, batch_size=1024, base_lr=1e-3 if large else 5e-4,
                     warmup_epochs=5, weight_decay=0.05, layer_decay=0.75 if large else 0.65,
-                    drop_path=0.3 if huge else 0.2 if large else 0.1, pool="mean")  # fmt: skip
+                    drop_path=0.3 if huge else 0.2 if large else 0.1, pool="mean",
+                    accumulate=1)  # fmt: skip
     return dict(epochs=50 if large else 90, batch_size=16384, base_lr=0.1, warmup_epochs=10,
                 weight_decay=0.0, pool="cls")  # fmt: skip
 
@@ -351,6 +354,9 @@ def main(cfg: Config) -> None:
     run_name = f"eval-{cfg.mode}-{zlib.crc32(path.read_bytes()):08x}"
     evaluate = {"knn": evaluate_knn, "finetune": evaluate_finetune}.get(cfg.mode, evaluate_linear)
     evaluate = evaluate_cached if cached else evaluate
+    if evaluate is evaluate_linear and cfg.accumulate is None:
+        pieces = settings["batch_size"] // (512 * int(os.environ.get("WORLD_SIZE", 1)))
+        settings["accumulate"] = max(1, pieces)
 
     def measure(name: str) -> dict:
         # A training is resumed whoever asks for it: what it computes does not depend on these.

@@ -200,6 +200,24 @@ def test_every_mode_solves_an_easy_task_with_the_encoder_it_is_given(mode, encod
     assert evaluate(encoder_file, mode)["top1"] < 60
 
 
+@pytest.mark.parametrize("mode, flags, expected", [
+    ("linear", [], 1), ("linear", ["--batch-size", "2048"], 4), ("finetune", [], 2),
+    ("linear", ["--batch-size", "2048", "--accumulate", "2"], 2),
+])  # fmt: skip
+def test_the_full_probe_takes_512_images_at_a_time(
+    mode, flags, expected, encoder_file, monkeypatch
+):
+    seen = []
+
+    def trained(run, *arguments) -> dict:
+        seen.append(run.cfg.accumulate)
+        return {"top1": 0.0}
+
+    monkeypatch.setattr(eval_linear, f"evaluate_{mode}", trained)
+    evaluate(encoder_file, mode, *flags)
+    assert seen == [expected]
+
+
 def test_fine_tuning_mixes_smooths_and_erases(encoder_file, monkeypatch):
     seen, erased = [], []
     original = F.cross_entropy
