@@ -11,8 +11,8 @@ with one line such as `linear top-1 61.3 (untrained 38.2)`.
 
 linear     MAE's protocol: a linear layer after a BatchNorm without affine, on the frozen cls token;
            LARS, base lr 0.1 x batch / 256, no weight decay, batch 16384, 90 epochs (50 for L and
-           H), 10 of warm-up, cosine; random crops of area (0.08, 1) and flips. As on its 32 GPUs, a
-           batch comes in pieces of 512, each with BatchNorm statistics of its own.
+           H), 10 of warm-up, cosine; random crops of area (0.08, 1) and flips. A batch comes in
+           pieces of 512 images, each with BatchNorm statistics of its own, as on 32 GPUs.
            --cache-features, the default for sets that fit in memory, computes the features once,
            without augmentation, and fits a logistic regression to them: seconds instead of hours,
            and a number that is not comparable with the protocol's. Its L2 weight, weight_decay in
@@ -110,6 +110,8 @@ class LARS(torch.optim.Optimizer):
     def step(self, closure=None) -> None:
         for group in self.param_groups:
             for p in group["params"]:
+                if p.grad is None:
+                    continue
                 update = p.grad
                 if p.ndim > 1:
                     update = update + group["weight_decay"] * p

@@ -382,8 +382,9 @@ def fuzz(script, count: int, seed: int, folder: Path) -> tuple[int, int, list[st
                 base += ["--tokenizer", "tokenizer.pt"]
         else:
             encoder = draw.choice(["encoder.pt"] * 8 + VALUES["encoder"])
-            base = [encoder, "--mode", draw.choice(["linear", "knn", "finetune"]),
-                    "--batch-size", "16", "--workers", "0", "--device", "cpu"]  # fmt: skip
+            mode = draw.choice(["linear", "knn", "finetune"])
+            base = [encoder, "--mode", mode, "--workers", "0", "--device", "cpu"]
+            base += ["--batch-size", "16"] if mode == "finetune" else []
         command = [*base, "--data", "data", "--out", str(out), "--steps", "2", *flags]
         stdout, stderr, code = io.StringIO(), io.StringIO(), 0
         try:
