@@ -229,7 +229,7 @@ def evaluate_cached(run, encoder: common.ViT, train: common.Images, val: common.
         return F.cross_entropy(logistic_regression(*fit), labels[held]).item()
 
     if l2 is None:
-        l2 = min((1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5), key=held_out_loss)
+        l2 = min((10.0**-i for i in range(7)), key=held_out_loss)
     run.print(f"logistic regression on cached features, L2 weight {l2:g}")
     scores = logistic_regression(features, labels, test, classes, l2)
     return accuracy(scores, test_labels) | {"weight_decay": l2}
