@@ -643,7 +643,7 @@ class TrainConfig:
     out: str | None = None  # run folder; by default runs/<script>-<preset>
     save_minutes: float = 15.0  # save within an epoch, too, after so many minutes
     restart: bool = False  # delete the run that the folder holds and start over
-    workers: int | None = None  # processes that decode images; by default one a core, at most 10
+    workers: int | None = None  # that decode images; by default cores / processes, at most 10
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU if there is one
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU, else fp32
     compile: bool = False  # torch.compile: a slow first step, then faster; for long runs on a GPU
@@ -881,7 +881,7 @@ def load_images(name: str, split: str, size: int, data_dir="data", device="cpu")
         return Images(labels, list(SHAPES), pixels.to(device))
     if name in ("cifar10", "cifar100", "stl10"):
         return torchvision_images(name, split, data_dir, device)
-    return folder_images(Path(name), split, device)
+    return folder_images(name, split, device)
 
 
 def pretraining_images(cfg: Config, device) -> tuple[Images, Images | None]:
@@ -909,9 +909,10 @@ def torchvision_images(name: str, split: str, data_dir, device) -> Images:
     return Images(labels, list(data.classes), pixels.contiguous().to(device))
 
 
-def folder_images(root: Path, split: str, device) -> Images | None:
-    if root == Path() or not root.is_dir():
-        raise UserError(f"--data {root}: no such folder, nor shapes, cifar10, cifar100 or stl10")
+def folder_images(name: str, split: str, device) -> Images | None:
+    root = Path(name)
+    if not name or not root.is_dir():
+        raise UserError(f"--data {name}: no such folder, nor shapes, cifar10, cifar100 or stl10")
     has_splits = (root / "train").is_dir()
     folder = root / ("val" if split == "val" else "train") if has_splits else root
     if not folder.is_dir() or (split == "val" and not has_splits):
@@ -1296,7 +1297,7 @@ def open_folder(run: Run) -> None:
     named = {Path(x).resolve() for x in vars(cfg).values() if isinstance(x, str)}  # by a flag
     run.identity = dataclasses.asdict(cfg) | {  # what a run has in common with one it resumes
         "precision": run.precision, "images": len(images),
-        "class names (checksum)": zlib.crc32("/".join(images.classes).encode()),
+        "class names (checksum)": zlib.crc32(os.fsencode("/".join(images.classes))),
         "processes x accumulate": run.world * cfg.accumulate,
     }  # fmt: skip
     if run.rank == 0:

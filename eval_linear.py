@@ -12,8 +12,9 @@ with one line such as `linear top-1 61.3 (untrained 38.2)`.
 linear     MAE's protocol: a linear layer after a BatchNorm without affine, on the frozen cls token;
            LARS, base lr 0.1 x batch / 256, no weight decay, batch 16384, 90 epochs (50 for L and
            H), 10 of warm-up, cosine; random crops of area (0.08, 1) and flips. A batch comes in
-           pieces of 512 images, each with BatchNorm statistics of its own, as on 32 GPUs.
-           --cache-features, the default for sets that fit in memory, computes the features once,
+           pieces of at most 512, each with BatchNorm statistics of its own, as on 32 GPUs.
+           --cache-features, the default if images are of one size and fit in memory, or fewer than
+           16384, computes the features once,
            without augmentation, and fits a logistic regression to them: seconds instead of hours,
            and a number that is not comparable with the protocol's. Its L2 weight, weight_decay in
            eval.json, is --weight-decay or the best for a tenth of the training images, held out.
@@ -47,7 +48,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 import common
-from common import UserError, accuracy
+from common import UserError, accuracy, knn_scores  # noqa: F401, of use to others here, too
 
 
 @dataclass(kw_only=True)
@@ -62,7 +63,7 @@ class Config(common.TrainConfig):
     min_crop: float = 0.08  # smallest area of a random crop, as a share of the image
     epochs: int | None = None  # [linear 90, L and H 50; finetune 100, L and H 50]
     batch_size: int | None = None  # [linear 16384; finetune 1024]
-    accumulate: int | None = None  # micro-batches [linear: of 512 images; finetune 1]
+    accumulate: int | None = None  # micro-batches [linear: of at most 512 images; finetune 1]
     base_lr: float | None = None  # per 256 [linear 0.1; finetune 5e-4, L and H 1e-3]
     warmup_epochs: float | None = None  # at most a fifth of --epochs [linear 10, finetune 5]
     weight_decay: float | None = None  # [linear 0, cached chosen; finetune 0.05]
@@ -172,9 +173,13 @@ def extract_features(encoder: common.ViT, loader, pool: str = "cls") -> tuple[Te
 
 
 def all_features(run: common.Run, encoder: common.ViT, images: common.Images):
-    """Features (N, D) and labels (N,) of all images, in every process."""
+    """Features (N, D) and labels (N,) of all images, in every process. UserError if the encoder
+    makes some that are not finite: any score would be of chance."""
     size, pool = encoder.settings["img_size"], run.cfg.pool
-    return common.outputs(run, encoder, lambda imgs: pooled(encoder(imgs), pool), images, size)
+    found = common.outputs(run, encoder, lambda imgs: pooled(encoder(imgs), pool), images, size)
+    if not found[0].isfinite().all():
+        raise UserError(f"{run.cfg.encoder}: features are not finite")
+    return found
 
 
 def evaluate_knn(run, encoder: common.ViT, train: common.Images, val: common.Images) -> dict:
@@ -190,9 +195,10 @@ def evaluate_knn(run, encoder: common.ViT, train: common.Images, val: common.Ima
 
 def logistic_regression(x: Tensor, labels: Tensor, test: Tensor, num_classes: int, l2: float):
     """Scores (N, classes) of test (N, D) by the linear classifier with the least cross-entropy +
-    l2 / 2 * |weight|^2 for x (M, D), of mean 0, and labels (M,)."""
+    l2 / 2 * |weight|^2 for x (M, D), of mean about 0, and labels (M,)."""
     # The unknowns are along the principal axes, in units of 1 / sqrt(curvature): LBFGS takes tens
-    # of iterations for them, hundreds for the weight itself.
+    # of iterations for them, hundreds for the weight itself. With few images and a small l2, which
+    # hardly bound the weight, it stops before the minimum.
     variance, axes = torch.linalg.eigh(x.T @ x / len(x))
     units = axes / (variance / num_classes + l2).clamp(min=1e-9).sqrt()
     unknown = x.new_zeros(num_classes, x.shape[1], requires_grad=True)
@@ -203,9 +209,7 @@ def logistic_regression(x: Tensor, labels: Tensor, test: Tensor, num_classes: in
     def loss() -> Tensor:
         optimizer.zero_grad()
         weight = unknown @ units.T
-        value = l2 / 2 * weight.square().sum()
-        for part, y in zip(x.split(8192), labels.split(8192), strict=True):  # for less memory
-            value = value + F.cross_entropy(part @ weight.T + bias, y, reduction="sum") / len(x)
+        value = F.cross_entropy(x @ weight.T + bias, labels) + l2 / 2 * weight.square().sum()
         value.backward()
         return value
 
@@ -268,6 +272,9 @@ def evaluate_linear(run, encoder: common.ViT, train: common.Images, val: common.
     nn.init.zeros_(head[1].bias)
     optimizer = LARS(head.parameters(), weight_decay=cfg.weight_decay)
     loader = common.TrainLoader(train, cfg, run, common.RandomCrop(size, cfg.min_crop))
+    if loader.micro_batch < 2:
+        raise UserError("BatchNorm takes 2 images in a micro-batch: a larger --batch-size, or less "
+                        "--accumulate")  # fmt: skip
 
     def feature(imgs: Tensor) -> Tensor:
         return pooled(encoder(imgs), cfg.pool)
@@ -334,14 +341,16 @@ def main(cfg: Config) -> None:
         raise UserError(f"--data {data} has no labels: they need class folders in train/ and val/")
 
     cached = cfg.mode == "linear" and (
-        train.pixels is not None if cfg.cache_features is None else cfg.cache_features
+        train.pixels is not None or len(train) < 16384
+        if cfg.cache_features is None else cfg.cache_features
     )
     given = {name: value for name, value in dataclasses.asdict(cfg).items() if value is not None}
-    for name in ("epochs", "batch_size", "lr", "base_lr", "warmup_epochs"):
+    for name in ("epochs", "batch_size", "accumulate", "lr", "base_lr", "warmup_epochs"):
         if cached and name in given:
             raise UserError(f"--{name.replace('_', '-')} is of the full protocol, not of cached "
                             "features: add --no-cache-features, or leave it out")  # fmt: skip
-    defaults = {"pool": "cls"} if cached else recipe(cfg.mode, shape["embed_dim"])
+    trains = not cached and cfg.mode != "knn"
+    defaults = recipe(cfg.mode, shape["embed_dim"]) if trains else {"pool": "cls"}
     settings = dataclasses.asdict(cfg) | defaults | given
     settings |= {"data": data, "data_dir": data_dir, "cache_features": cached}
     drop_path = settings["drop_path"] if cfg.mode == "finetune" else 0.0
@@ -357,8 +366,9 @@ def main(cfg: Config) -> None:
     evaluate = {"knn": evaluate_knn, "finetune": evaluate_finetune}.get(cfg.mode, evaluate_linear)
     evaluate = evaluate_cached if cached else evaluate
     if evaluate is evaluate_linear and cfg.accumulate is None:
-        pieces = settings["batch_size"] // (512 * int(os.environ.get("WORLD_SIZE", 1)))
-        settings["accumulate"] = max(1, pieces)
+        part = max(1, settings["batch_size"] // int(os.environ.get("WORLD_SIZE", 1)))
+        counts = range((part + 511) // 512, part + 1)
+        settings["accumulate"] = next(n for n in counts if part % n == 0)
 
     def measure(name: str) -> dict:
         # A training is resumed whoever asks for it: what it computes does not depend on these.

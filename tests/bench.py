@@ -199,6 +199,7 @@ def loop(name: str, args) -> dict:
 
 def decode(folder: str, size: int = 224, count: int = 400) -> None:
     torch.set_num_threads(1)
+    common.RESIDENT_BYTES = 0  # keep files as files
     images = common.load_images(folder, "pretrain", size)
     batches = common.Batches(images, common.RandomCrop(size, 0.2), single=True)
     count, begin = min(len(images), count), time.perf_counter()

@@ -203,6 +203,8 @@ def test_every_mode_solves_an_easy_task_with_the_encoder_it_is_given(mode, encod
 @pytest.mark.parametrize("mode, flags, expected", [
     ("linear", [], 1), ("linear", ["--batch-size", "2048"], 4), ("finetune", [], 2),
     ("linear", ["--batch-size", "2048", "--accumulate", "2"], 2),
+    ("linear", ["--batch-size", "2000"], 4), ("linear", ["--batch-size", "511"], 1),
+    ("linear", ["--batch-size", "1537"], 29),
 ])  # fmt: skip
 def test_the_full_probe_takes_512_images_at_a_time(
     mode, flags, expected, encoder_file, monkeypatch
@@ -273,6 +275,15 @@ def test_a_training_is_resumed_whoever_asks_for_it(mode, encoder_file, capsys):
     torch.save(content, encoder_file)
     evaluate(encoder_file, mode, "--steps", "1")
     assert "resumed after" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", ["linear", "knn"])
+def test_features_that_are_not_finite_have_no_score(mode, encoder_file, capsys):
+    content = torch.load(encoder_file, weights_only=True)
+    content["model"]["norm.bias"][0] = torch.nan
+    torch.save(content, encoder_file)
+    flags = [encoder_file, "--mode", mode, "--device", "cpu"]
+    assert "features are not finite" in mistake(capsys, eval_linear, *flags)
 
 
 def test_two_processes_evaluate_as_one(encoder_file):
@@ -376,6 +387,7 @@ def test_cached_probe_holds_training_images_out_to_choose_its_weight(monkeypatch
     (["ENCODER", "--drop-path", "2"], "--drop-path must be at most 1"),
     (["ENCODER", "--lr", "1"], "--lr is of the full protocol"),
     (["ENCODER", "--batch-size", "16", "--cache-features"], "add --no-cache-features"),
+    (["ENCODER", "--batch-size", "1", "--no-cache-features"], "BatchNorm takes 2 images"),
 ])  # fmt: skip
 def test_mistakes_are_one_line_and_exit_code_2(arguments, message, encoder_file, capsys):
     arguments = [encoder_file if a == "ENCODER" else a for a in arguments]
