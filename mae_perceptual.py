@@ -93,7 +93,7 @@ Known deviations
 import copy
 import functools
 import math
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -239,10 +239,10 @@ class PerceptualMAE(nn.Module):
         super().__init__()
         self.encoder, self.decoder, self.mask_ratio = encoder, decoder, mask_ratio
 
-    def forward(self, imgs: Tensor, return_tokens: bool = False):
+    def forward(self, imgs: Tensor, for_path: bool = False):
         """imgs (B, C, H, W) -> reconstruction, mask (B, L), True = hidden; the reconstruction is a
-        list of images, largest first, or patches (B, L, p*p*C). On demand also the tokens
-        (B, 1+n, D) that the decoder was given."""
+        list of images, largest first, or patches (B, L, p*p*C). For the path length also the tokens
+        (B, 1+n, D) that the decoder was given, and it can be differentiated twice."""
         num_patches = self.encoder.num_patches
         visible, mask = common.random_masking(len(imgs), num_patches, self.mask_ratio, imgs.device)
         x, maps = self.encoder.embed(imgs, visible), []
@@ -251,8 +251,10 @@ class PerceptualMAE(nn.Module):
             maps.append(x)
         tokens = self.encoder.norm(x)
         skips = (maps,) if isinstance(self.decoder, MSGDecoder) else ()
-        reconstruction = self.decoder(tokens, visible, *skips)
-        return (reconstruction, mask, tokens) if return_tokens else (reconstruction, mask)
+        # Fused attention has no second derivative.
+        with sdpa_kernel(SDPBackend.MATH) if for_path else nullcontext():
+            reconstruction = self.decoder(tokens, visible, *skips)
+        return (reconstruction, mask, tokens) if for_path else (reconstruction, mask)
 
     def images(self, reconstruction: Tensor | list[Tensor]) -> list[Tensor]:
         """A reconstruction as a list of fp32 images, largest first."""
@@ -413,11 +415,9 @@ class Adversary(nn.Module):
         parameters alone, as if the fakes were detached, and the generator's for its own alone."""
         with_path = self.ada and self.path_weight > 0 and step % self.path_every == 0
         with_r1 = self.ada and self.r1_gamma > 0 and step % self.r1_every == 0
-        with ExitStack() as options:
-            if with_path:  # neither fused attention nor compiled code has a second derivative
-                options.enter_context(sdpa_kernel(SDPBackend.MATH))
-                options.enter_context(torch.compiler.set_stance("force_eager"))
-            reconstruction, _, tokens = model(imgs, return_tokens=True)
+        stance = "force_eager" if with_path else "default"  # compiled, it has no second derivative
+        with torch.compiler.set_stance(stance):
+            reconstruction, _, *tokens = model(imgs, with_path)
         fake = getattr(model, "module", model).images(reconstruction)
         real = image_pyramid(imgs, [image.shape[-1] for image in fake])
         with torch.no_grad():
@@ -460,7 +460,7 @@ class Adversary(nn.Module):
             stats["r1"] = r1
             d_loss = d_loss + self.r1_every * self.r1_gamma / 2 * r1
         if with_path:
-            stats["path"] = self.path_length(fake[0], tokens)
+            stats["path"] = self.path_length(fake[0], *tokens)
             g_loss = g_loss + self.path_every * self.path_weight * stats["path"]
         return g_loss, d_loss, stats
 
