@@ -13,11 +13,11 @@ linear     MAE's protocol: a linear layer after a BatchNorm without affine, on t
            LARS, base lr 0.1 x batch / 256, no weight decay, batch 16384, 90 epochs (50 for L and
            H), 10 of warm-up, cosine; random crops of area (0.08, 1) and flips. A batch comes in
            pieces of at most 512, each with BatchNorm statistics of its own, as on 32 GPUs.
-           --cache-features, the default if images are of one size and fit in memory, or fewer than
-           16384, computes the features once,
-           without augmentation, and fits a logistic regression to them: seconds instead of hours,
-           and a number that is not comparable with the protocol's. Its L2 weight, weight_decay in
-           eval.json, is --weight-decay or the best for a tenth of the training images, held out.
+           --cache-features, the default for images of one size that fit in memory, or if they are
+           fewer than 16384, computes the features once, without augmentation, and fits a logistic
+           regression to them: seconds instead of hours, and a number that is not comparable with
+           the protocol's. Its L2 weight, weight_decay in eval.json, is --weight-decay or the best
+           for a tenth of the training images, held out.
 knn        DINO's: the k nearest training images by cosine vote with weight exp(cosine / 0.07);
            k = 20 is the headline. Also the share of images whose nearest neighbour is of their
            class (1-NN retrieval).
@@ -57,7 +57,7 @@ class Config(common.TrainConfig):
     mode: Literal["linear", "knn", "finetune"] = "linear"  # see above
     baseline: bool = False  # also evaluate an untrained encoder of the same shape
     pool: Literal["cls", "mean"] | None = None  # cls token or mean of patches [cls]
-    cache_features: bool | None = None  # linear: features only once [if data fits]
+    cache_features: bool | None = None  # linear: features only once [if they fit in memory]
     data: str | None = None  # as in pre-training, with labels [the encoder's]
     data_dir: str | None = None  # where downloaded sets live [the encoder's]
     min_crop: float = 0.08  # smallest area of a random crop, as a share of the image
@@ -178,7 +178,7 @@ def all_features(run: common.Run, encoder: common.ViT, images: common.Images):
     size, pool = encoder.settings["img_size"], run.cfg.pool
     found = common.outputs(run, encoder, lambda imgs: pooled(encoder(imgs), pool), images, size)
     if not found[0].isfinite().all():
-        raise UserError(f"{run.cfg.encoder}: features are not finite")
+        raise UserError("features are not finite: this encoder is of no use")
     return found
 
 
