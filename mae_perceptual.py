@@ -24,7 +24,7 @@ If --feature-weight, --style-weight and --adv-weight are all 0, there is L_pix a
     python eval_linear.py runs/mae_perceptual-demo --baseline   # then: is the encoder any good?
 
 The first takes 2.6 minutes on two cores of a 2.5 GHz Xeon; its linear probe, of three seeds on one
-core of an AMD EPYC, gives 63.2, 65.6 and 71.7 % (untrained, one seed: 45.6). For CIFAR-10 see the
+core of an AMD EPYC, gives 66.0, 68.7 and 74.5 % (untrained, one seed: 53.3). For CIFAR-10 see the
 README. On a GPU: not yet measured.
 
 Equation -> code. x image, y reconstruction (of all patches, nothing pasted in), f_j feature maps

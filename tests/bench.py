@@ -11,9 +11,10 @@
 
 A step is forward, losses, backward and optimisers, on random images, all methods in turn. The
 median over --rounds; the mean over 16 where ls, msg or msg-ada is among them, of which some steps
-do more. `of peak` is its arithmetic beside a large matrix product's in the same number format.
-Peak memory is that of a process of its own (CPU: Linux, the growth of its resident set). `loop`
-is the images/s of --epoch so many steps of the script, and the share of time it waited for data.
+do more. `of peak` is its arithmetic beside a large matrix product's in the same number format, 0
+where it is not counted. Peak memory is that of a process of its own (CPU: Linux, the growth of its
+resident set). `loop` is the images/s of --epoch so many steps of the script, and the share of time
+it waited for data.
 """
 
 import argparse
@@ -237,6 +238,8 @@ def main() -> None:
         rounds, average = 16, statistics.mean
     times, arithmetic = {name: [] for name in steps}, {}
     for name, step in steps.items():
+        if name in ADVERSARIAL:  # the counter's hooks do not bear a gradient of a gradient
+            continue
         with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             step()
         arithmetic[name] = counter.get_total_flops()
@@ -257,7 +260,7 @@ def main() -> None:
         memory = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         middle, first = average(seconds), average(times[args.methods[0]])
         row = {"method": name, "ms": 1000 * middle, "images_per_s": args.batch / middle,
-               "beside_first": middle / first, "of_peak": arithmetic[name] / middle / peak,
+               "beside_first": middle / first, "of_peak": arithmetic.get(name, 0) / middle / peak,
                "peak_MiB": memory}  # fmt: skip
         row |= loop(name, args) if args.epoch and name != "timm" else {}
         if args.json:
