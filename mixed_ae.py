@@ -180,27 +180,30 @@ def unmix(mixed: Tensor, source: Tensor, mask_token: Tensor, group_size: int) ->
 
 
 @torch.no_grad()
-def topk_keys(q: Tensor, k: Tensor, topk: int) -> Tensor:
-    """q, k (B, heads, 1+L, d), cls first -> (B, heads, 1+L, 1+L) bool, True where a query attends
-    to a key: a patch to the `topk` patches of largest product, exactly, and to cls; cls to all."""
+def topk_mask(q: Tensor, k: Tensor, topk: int) -> Tensor:
+    """q, k (B, heads, 1+L, d), cls first -> (B, heads, 1+L, 1+L), 0 where a query attends to a key,
+    else minus infinity: a patch attends to the `topk` patches of largest product, exactly, and to
+    cls; cls to all."""
     products = q[:, :, 1:] @ k[:, :, 1:].transpose(2, 3)
     largest = products.topk(topk, dim=3, sorted=False).indices
-    keep = torch.ones(*q.shape[:3], k.shape[2], dtype=torch.bool, device=q.device)
-    keep[:, :, 1:, 1:] = torch.zeros_like(products, dtype=torch.bool).scatter_(3, largest, True)
-    return keep
+    mask = q.new_full((*q.shape[:3], k.shape[2]), -torch.inf)
+    mask[:, :, 0] = 0
+    mask[..., 0] = 0
+    mask[:, :, 1:, 1:].scatter_(3, largest, 0)
+    return mask
 
 
 def homologous_attention(q: Tensor, k: Tensor, v: Tensor, topk: int) -> Tensor:
     """q, k, v (B, heads, 1+L, d), cls first -> (B, heads, 1+L, d): softmax attention in which each
     patch query has all but cls and its `topk` best patch keys at minus infinity. The choice of the
     keys has no gradient, the kept logits have."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=topk_keys(q, k, topk))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=topk_mask(q, k, topk))
 
 
 def topk_accuracy(q: Tensor, k: Tensor, source: Tensor, topk: int) -> Tensor:
     """Share of the kept patch keys that are of the query's own image (itself among them), over
     heads and queries; 1 / group size by chance. q, k (B, heads, 1+L, d), source (B, L)."""
-    keep = topk_keys(q, k, topk)[:, :, 1:, 1:]
+    keep = topk_mask(q, k, topk)[:, :, 1:, 1:] == 0
     homologous = source[:, None, :, None] == source[:, None, None]
     return (keep & homologous).sum() / keep.sum()
 
