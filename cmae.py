@@ -390,16 +390,20 @@ def draw_boxes(encoder: common.ViT, imgs: Tensor, boxes: Tensor) -> dict[str, Te
     return {label: common.normalize(row) for label, row in rows.items()}
 
 
-# ------------------------------------------------------------------------------ training
+# ------------------------------------------------------------------------------ colours of view 2
+
 
 def grey(imgs: Tensor) -> Tensor:
-    """(B, 3, H, W) -> (B, 1, H, W)"""
+    """(B, 3, H, W) -> (B, 1, H, W), the luma of ITU-R BT.601."""
     red, green, blue = imgs.split(1, dim=1)
     return 0.2989 * red + 0.587 * green + 0.114 * blue
 
 
 def turn_hue(imgs: Tensor, turns: Tensor) -> Tensor:
-    """imgs (B, 3, H, W) in 0..1, whose hues move by turns (B, 1, 1, 1) of the circle."""
+    """imgs (B, 3, H, W) in 0..1, whose hues move by turns (B, 1, 1, 1) of the circle.
+
+    In HSV, red, green and blue are V - C max(0, min(k, 4 - k, 1)), where V is the largest of them,
+    C = V less the smallest, and k = n + 6 hue (mod 6), n = 5, 3, 1."""
     (red, green, blue), value = imgs.split(1, dim=1), imgs.amax(dim=1, keepdim=True)
     chroma = value - imgs.amin(dim=1, keepdim=True)
     sixth = torch.where(value == green, 2 * chroma + blue - red, 4 * chroma + red - green)
@@ -409,8 +413,8 @@ def turn_hue(imgs: Tensor, turns: Tensor) -> Tensor:
 
 
 def jitter(imgs: Tensor, brightness, contrast, saturation, hue, order: list[int]) -> Tensor:
-    """imgs (B, 3, H, W) in 0..1 -> ColorJitter's four changes of them, in this order, each image by
-    its own factors (B, 1, 1, 1)."""
+    """imgs (B, 3, H, W) in 0..1 -> torchvision's ColorJitter of them, each image by its own factors
+    (B, 1, 1, 1); `order`: of brightness, contrast, saturation and hue, as 0 to 3."""
     for change in order:
         if change == 0:
             imgs = imgs * brightness
@@ -436,6 +440,9 @@ def change_colours(imgs: Tensor) -> Tensor:
     changed = jitter(x, *factors, order=torch.randperm(4).tolist())
     x = torch.where(uniform(0, 1) < 0.8, changed, x)
     return common.normalize(255 * torch.where(uniform(0, 1) < 0.2, grey(x), x))
+
+
+# ------------------------------------------------------------------------------ training
 
 
 @torch.no_grad()

@@ -48,7 +48,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 import common
-from common import UserError, accuracy, knn_scores  # noqa: F401, of use to others here, too
+from common import UserError, accuracy, knn_scores  # noqa: F401, also looked for here
 
 
 @dataclass(kw_only=True)

@@ -2,7 +2,7 @@
 
     python tests/compare.py --data data/cifar10 --jobs 2           # runs or resumes all; hours
     python tests/compare.py --data data/cifar10 --rows mae cmae    # some rows
-    python tests/compare.py --data data/cifar10 --tables           # of what is there, nothing runs
+    python tests/compare.py --data data/cifar10 --tables           # of what is there
     python tests/compare.py --data data/cifar10 --quick            # a miniature of it all
     python tests/compare.py --data data/cifar10 --lr 5e-4 --held-out --out runs/rate-5e-4
 
@@ -10,13 +10,15 @@
 are trained on the first 2000 images of each class and evaluated on all of val/; fine-tuning takes
 the first 500. One thread and one process a run, --jobs of them at once. Ctrl-C stops all; the same
 command goes on. Rates are chosen with --held-out: its val/ is a tenth of the training images, of
-each class the last 200 of those 2000.
+each class the last 200 of those 2000; in fine-tuning, the last 50 of those 500.
 
 All rows: the same encoder, images seen, crops, learning rate, evaluation; seeds 0, 1, 2. ± is the
 standard deviation over seeds. Differences are paired by seed: mean ± standard error.
 
 What was said before the first run. A difference of more than two standard errors is a result:
 *confirmed* with the sign of the claim, *contradicted* with the other; else it is *not resolved*.
+Each column is judged by itself. The tables show differences to the baseline; those between other
+rows are to be taken from the files eval.json and metrics.jsonl.
     Perceptual MAE    msg-ada is above MAE, and above ls     fine-tuned; linear (mean)
     MixedAE           above MAE; naive mixing below MAE      fine-tuned; linear (mean)
     CMAE              above MAE; each change adds to it      fine-tuned; linear (mean)
@@ -171,10 +173,9 @@ def scores(run: Path) -> dict[str, float]:
 
 
 def cell(values: list[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ", one seed"
+    """Mean and standard deviation."""
     digits = 2 if max(values) <= 1 else 1
-    if digits == 2 and len(values) > 1:
-        spread = f" ± {statistics.stdev(values):.2f}"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ", one seed"
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
