@@ -182,13 +182,13 @@ def all_features(run: common.Run, encoder: common.ViT, images: common.Images):
     return found
 
 
-def evaluate_knn(run, encoder: common.ViT, train: common.Images, val: common.Images) -> dict:
-    features, labels = all_features(run, encoder, train)
-    test, test_labels = all_features(run, encoder, val)
+def evaluate_knn(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], classes: int) -> dict:
+    """The scores of features and labels, both as `all_features` gives them."""
+    (features, labels), (test, test_labels) = train, test
     cosine, index = common.nearest_neighbours(features, test, 200)
     results = {}
     for k in (1, 10, 20, 100, 200):
-        votes = common.knn_votes(cosine[:, :k], labels[index[:, :k]], len(train.classes))
+        votes = common.knn_votes(cosine[:, :k], labels[index[:, :k]], classes)
         results[f"k{k}"] = accuracy(votes, test_labels)
     return results["k20"] | {"retrieval_1nn": results.pop("k1")["top1"]} | results
 
@@ -217,16 +217,15 @@ def logistic_regression(x: Tensor, labels: Tensor, test: Tensor, num_classes: in
     return (test @ units @ unknown.T + bias).detach()
 
 
-def evaluate_cached(run, encoder: common.ViT, train: common.Images, val: common.Images) -> dict:
-    """Logistic regression on features that are computed once; every process does the same."""
-    features, labels = all_features(run, encoder, train)
-    test, test_labels = all_features(run, encoder, val)
+def evaluate_cached(run: common.Run, train: tuple, test: tuple, classes: int) -> dict:
+    """Logistic regression on features and labels, as for `evaluate_knn`; every process does it."""
+    (features, labels), (test, test_labels) = train, test
     # From here in float64: a GPU may round the products of float32 too roughly for a line search.
     std, mean = torch.std_mean(features.double(), dim=0)
     features, test = ((x - mean) / (std + 1e-6) for x in (features, test))
     order = torch.randperm(len(labels), generator=common.seeded("held out", run.cfg.seed))
     held, rest = order.to(run.device).tensor_split([max(1, len(labels) // 10)])
-    classes, l2 = len(train.classes), run.cfg.weight_decay
+    l2 = run.cfg.weight_decay
 
     def held_out_loss(l2: float) -> float:
         fit = features[rest], labels[rest], features[held], classes, l2
@@ -363,9 +362,7 @@ def main(cfg: Config) -> None:
         raise UserError(f"{file} cannot be read or written: {error}") from error
     # A training is resumed only with the very weights that it was begun with.
     run_name = f"eval-{cfg.mode}-{zlib.crc32(path.read_bytes()):08x}"
-    evaluate = {"knn": evaluate_knn, "finetune": evaluate_finetune}.get(cfg.mode, evaluate_linear)
-    evaluate = evaluate_cached if cached else evaluate
-    if evaluate is evaluate_linear and cfg.accumulate is None:
+    if trains and cfg.mode == "linear" and cfg.accumulate is None:
         part = max(1, settings["batch_size"] // int(os.environ.get("WORLD_SIZE", 1)))
         counts = range((part + 511) // 512, part + 1)
         settings["accumulate"] = next(n for n in counts if part % n == 0)
@@ -376,7 +373,14 @@ def main(cfg: Config) -> None:
         run = common.Run(Config(**settings | same))
         untrained = common.ViT(**shape, drop_path=drop_path)
         encoder = untrained if name else common.load_encoder(path, drop_path)
-        return evaluate(run, encoder.to(run.device), train, val)
+        encoder = encoder.to(run.device)
+        if trains:
+            evaluate = evaluate_finetune if cfg.mode == "finetune" else evaluate_linear
+            return evaluate(run, encoder, train, val)
+        sets = [all_features(run, encoder, images) for images in (train, val)]
+        if cached:
+            return evaluate_cached(run, *sets, len(train.classes))
+        return evaluate_knn(*sets, len(train.classes))
 
     results = measure("")
     line = f"{cfg.mode} top-1 {results['top1']:.1f}"

@@ -4,33 +4,31 @@
     python tests/compare.py --data data/cifar10 --rows mae cmae    # some rows
     python tests/compare.py --data data/cifar10 --tables           # of what is there
     python tests/compare.py --data data/cifar10 --quick            # a miniature of it all
-    python tests/compare.py --data data/cifar10 --lr 5e-4 --held-out --out runs/rate-5e-4
+    python tests/compare.py --data data/cifar10 --rows mae --rates 3e-4 1e-3 3e-3
 
 --data is a folder with train/ and val/ and class folders in them, such as CIFAR-10 as JPEGs. Rows
 are trained on the first 2000 images of each class and evaluated on all of val/; fine-tuning takes
 the first 500. One thread and one process a run, --jobs of them at once. Ctrl-C stops all; the same
-command goes on. Rates are chosen with --held-out: its val/ is a tenth of the training images, of
-each class the last 200 of those 2000; in fine-tuning, the last 50 of those 500.
+command goes on.
 
 All rows: the same encoder, images seen, crops, learning rate, evaluation; seeds 0, 1, 2. ± is the
-standard deviation over seeds. Differences are paired by seed: mean ± standard error.
+standard deviation over seeds. Differences are paired by seed: mean ± standard error. The rate is
+the best of three for the baseline, MAE or the supervised one, and all rows take it: what is ahead
+is not ahead by its rate. What is behind gets one more try with its own. --rates compares rates
+after 5 epochs on nine tenths of the training images; the last tenth of each class is their val/.
 
-What was said before the first run. A difference of more than two standard errors is a result:
-*confirmed* with the sign of the claim, *contradicted* with the other; else it is *not resolved*.
-Each column is judged by itself. The tables show differences to the baseline; those between other
-rows are to be taken from the files eval.json and metrics.jsonl.
-    Perceptual MAE    msg-ada is above MAE, and above ls     fine-tuned; linear (mean)
-    MixedAE           above MAE; naive mixing below MAE      fine-tuned; linear (mean)
-    CMAE              above MAE; each change adds to it      fine-tuned; linear (mean)
-    Supervised MIM    tokens above the baseline, also of     top-1 of the classifier
-                      twice the epochs; above pixels
+What was said before the first run: CLAIMS. A difference of more than two standard errors is a
+result: *confirmed* with the sign of the claim, *contradicted* with the other; else it is *not
+resolved*. Each column is judged by itself. Two standard errors of three seeds are weak evidence:
+chance alone goes so far in one of five cases.
 """
 
 import argparse
 import concurrent.futures
-import itertools
 import json
 import os
+import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -39,18 +37,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import eval_linear
 
-ROOT, SEEDS = Path(__file__).resolve().parent.parent, (0, 1, 2)
+ROOT, SEEDS, POOLS = Path(__file__).resolve().parent.parent, (0, 1, 2), ("cls", "mean")
 ENCODER = "--preset cifar --patch-size 4 --depth 4 --batch-size 64 --lr 1e-3 --warmup-epochs 1"
 PRETRAIN = f"{ENCODER} --epochs 10 --decoder-dim 64 --decoder-heads 2"
 PERCEPTUAL = f"mae_perceptual.py {PRETRAIN} --disc-width 64"
 MIXED, CMAE = f"mixed_ae.py {PRETRAIN}", f"cmae.py {PRETRAIN}"
-SUPERVISED = f"supervised_mim.py {ENCODER} --randaug 0 --mixup 0 --knn-every 10"
+SUPERVISED = (f"supervised_mim.py {ENCODER} --epochs 5 --randaug 0 --mixup 0 --knn-every 10 "
+              "--tokenizer-epochs 5")  # fmt: skip
 TUNING = ("--epochs 20 --warmup-epochs 2 --batch-size 125 --lr 1e-3 --mixup 0 --cutmix 0 "
           "--erasing 0")  # fmt: skip
 
@@ -62,6 +60,7 @@ class Row(NamedTuple):
 
 
 ROWS = {
+    "untrained": Row("untrained encoder", f"{PERCEPTUAL} --variant mae --steps 1 --lr 1e-12"),
     "mae": Row("MAE", f"{PERCEPTUAL} --variant mae", None),
     "ls": Row("Perceptual MAE: `ls`", f"{PERCEPTUAL} --variant ls"),
     "msg": Row("`msg`", f"{PERCEPTUAL} --variant msg"),
@@ -74,25 +73,44 @@ ROWS = {
     "crop": Row("+ ContrastiveCrop", f"{CMAE} --contrastive-weight 0 --position-weight 0"),
     "contrast": Row("+ contrast", f"{CMAE} --position-weight 0"),
     "cmae": Row("+ positions: CMAE", CMAE),
-    "supervised": Row("supervised", f"{SUPERVISED} --epochs 5 --mim-weight 0", None),
-    "twice": Row("twice the epochs", f"{SUPERVISED} --epochs 10 --mim-weight 0", "supervised"),
-    "pixels": Row("+ MIM of pixels", f"{SUPERVISED} --epochs 5 --target pixels", "supervised"),
-    "tokens": Row("+ MIM of tokens", f"{SUPERVISED} --epochs 5", "supervised"),
+    "supervised": Row("supervised", f"{SUPERVISED} --mim-weight 0", None),
+    "twice": Row("twice the epochs", f"{SUPERVISED} --mim-weight 0 --epochs 10", "supervised"),
+    "pixels": Row("+ MIM of pixels", f"{SUPERVISED} --target pixels", "supervised"),
+    "tokens": Row("+ MIM of tokens", SUPERVISED, "supervised"),
 }  # fmt: skip
-COLUMNS = {  # heading: where eval.json is, what in it
-    "linear, cls": ("linear-cls", "linear"), "linear, mean": ("linear-mean", "linear"),
-    "kNN, cls": ("knn-cls", "knn"), "kNN, mean": ("knn-mean", "knn"),
-    "fine-tuned": ("finetune", "finetune"),
+PRETRAINED = ["linear, cls", "linear, mean", "kNN, cls", "kNN, mean", "fine-tuned"]
+TABLES = {  # heading: rows, columns
+    "Perceptual MAE": (["untrained", "mae", "ls", "msg", "msg-ada"], PRETRAINED),
+    "MixedAE": (["mae", "mixed", "no-segment", "naive"], [*PRETRAINED, "own_image_auc"]),
+    "CMAE": (["mae", "small-decoder", "crop", "contrast", "cmae"],
+             [*PRETRAINED, "box_area", "shuffled"]),
+    "Supervised MIM": (["supervised", "twice", "pixels", "tokens"],
+                       ["top-1", "kNN, cls", "1-NN, cls", "PSNR", "perplexity"]),
 }  # fmt: skip
+JUDGED = ("linear, mean", "fine-tuned", "top-1")  # columns of which differences are shown
+CLAIMS = {  # the claim: the row that is above, the row below
+    "Perceptual MAE is above MAE": ("msg-ada", "mae"),
+    "`msg-ada` is above `ls`": ("msg-ada", "ls"),
+    "MixedAE is above MAE": ("mixed", "mae"),
+    "naive mixing is below MAE": ("mae", "naive"),
+    "CMAE is above MAE": ("cmae", "mae"),
+    "a small decoder adds to it": ("small-decoder", "mae"),
+    "ContrastiveCrop adds to it": ("crop", "small-decoder"),
+    "contrast adds to it": ("contrast", "crop"),
+    "positions add to it": ("cmae", "contrast"),
+    "tokens are above the supervised baseline": ("tokens", "supervised"),
+    "and above twice its epochs": ("tokens", "twice"),
+    "and above pixels": ("tokens", "pixels"),
+}
 
 
-def subset(data: Path, folder: Path, count: int, held_out: int) -> Path:
-    """Links to the first `count` training images of each class, and to val/; or, to all but the
-    last `held_out` of these, and to them as val/."""
+def subset(data: Path, folder: Path, count: int, held_out: bool = False) -> Path:
+    """Links to the first `count` training images of each class, and to val/. If held_out, the last
+    tenth of these are val/ instead."""
     for name in sorted(x.name for x in (data / "train").iterdir() if x.is_dir()):
-        paths = sorted((data / "train" / name).iterdir())[:count]
-        parts = {"train": paths[: len(paths) - held_out]}
-        parts["val"] = paths[len(paths) - held_out :] or sorted((data / "val" / name).iterdir())
+        train, val = sorted((data / "train" / name).iterdir())[:count], data / "val" / name
+        keep = len(train) - held_out * max(1, len(train) // 10)
+        parts = {"train": train[:keep], "val": train[keep:] or sorted(val.iterdir())}
         for split, chosen in parts.items():
             (folder / split / name).mkdir(parents=True, exist_ok=True)
             for path in chosen:
@@ -101,24 +119,26 @@ def subset(data: Path, folder: Path, count: int, held_out: int) -> Path:
     return folder
 
 
-def commands(row: Row, seed: int, run: Path, data: Path, few: Path, args):
-    """The commands of a run, as (folder, command): each writes into a folder of its own."""
-    where = f"--device cpu --seed {seed}"
-    small = "--img-size 16 --depth 1 --batch-size 16 --epochs 1" if args.quick else ""
-    small += f" --lr {args.lr}" if args.lr else ""
-    if args.quick and "supervised" in row.command:
-        small += " --tokenizer-epochs 1 --tokenizer-width 4 --codebook-size 16"
-    yield run, f"{row.command} {where} {small} --data {data}"
-    if "supervised" in row.command:
-        yield run / "knn-cls", f"eval_linear.py {run} --mode knn {where}"
-        return
-    baseline = "" if row.baseline else "--baseline"
-    for mode, pool in itertools.product(("linear", "knn"), ("cls", "mean")):
-        command = f"eval_linear.py {run} --mode {mode} --pool {pool} {where} {baseline}"
-        yield run / f"{mode}-{pool}", command
-    small = "--epochs 1 --batch-size 16" if args.quick else ""
-    yield run / "finetune", (f"eval_linear.py {run} --mode finetune {TUNING} {where} {small} "
-                             f"--data {few}")  # fmt: skip
+def frozen(folder: Path, data: Path) -> None:
+    """Write what `eval_linear.py FOLDER` has to say in its modes linear and knn, of cls and mean,
+    to FOLDER/frozen.json. The encoder is called once for all four."""
+    seed = json.loads((folder / "config.json").read_text())["seed"]
+    cfg = eval_linear.Config(encoder=str(folder), device="cpu", workers=0, seed=seed)
+    run, encoder = common.Run(cfg), common.load_encoder(folder / "encoder.pt")
+    size, found = encoder.settings["img_size"], {}
+    train, val = (common.load_images(str(data), split, size) for split in ("train", "val"))
+
+    def both(imgs: torch.Tensor) -> torch.Tensor:
+        tokens = encoder(imgs)
+        return torch.stack([eval_linear.pooled(tokens, pool) for pool in POOLS], dim=1)
+
+    sets = [common.outputs(run, encoder, both, images, size) for images in (train, val)]
+    for i, pool in enumerate(POOLS):
+        features, classes = [(x[:, i], labels) for x, labels in sets], len(train.classes)
+        scores = eval_linear.evaluate_knn(*features, classes)
+        found |= {f"kNN, {pool}": scores["top1"], f"1-NN, {pool}": scores["retrieval_1nn"]}
+        found[f"linear, {pool}"] = eval_linear.evaluate_cached(run, *features, classes)["top1"]
+    common.write_atomically(folder / "frozen.json", lambda f: f.write(json.dumps(found).encode()))
 
 
 def call(command: list[str], log: Path) -> None:
@@ -131,15 +151,30 @@ def call(command: list[str], log: Path) -> None:
         raise common.UserError(f"exit code {done.returncode}; see {log}")
 
 
-def chain(name: str, seed: int, out: Path, data: Path, few: Path, args) -> str:
+def chain(name: str, seed: int, out: Path, args, rate: str = "") -> str:
     """All of one run that is still to do."""
-    run = out / f"{name}-{seed}"
-    for folder, command in commands(ROWS[name], seed, run, data, few, args):
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "done").exists():
-            call([*command.split(), "--out", str(folder)], run / "log.txt")
-            (folder / "done").touch()
-    return f"{name}, seed {seed}: done"
+    run, where = run_folder(name, seed, out, rate), f"--device cpu --seed {seed}"
+    supervised, log, data = "supervised" in ROWS[name].command, run / "log", out / "first-2000"
+    small = "--epochs 1 --batch-size 16" if args.quick else ""
+    flags = f"--lr {rate} --epochs 5" if rate else ""
+    if args.quick:
+        flags += f" --img-size 16 --depth 1 {small}"
+        flags += " --tokenizer-epochs 1 --tokenizer-width 4 --codebook-size 16" * supervised
+    train = f"{ROWS[name].command} {where} {flags} --data {data} --out {run}"
+    tune = f"eval_linear.py {run} --mode finetune {TUNING} {where} {small}"
+    run.mkdir(parents=True, exist_ok=True)
+    if not (run / "done").exists():
+        call(train.split(), log)
+        (run / "done").touch()
+    if not (run / "frozen.json").exists():
+        call([str(Path(__file__).resolve()), "--data", str(data), "--frozen", str(run)], log)
+    if not (supervised or rate or (run / "finetune" / "eval.json").exists()):
+        call([*tune.split(), "--data", str(out / "first-500"), "--out", str(run / "finetune")], log)
+    return f"{run}: done"
+
+
+def run_folder(name: str, seed: int, out: Path, rate: str = "") -> Path:
+    return out / "-".join([name, *[rate] * bool(rate), str(seed)])
 
 
 # ------------------------------------------------------------------------------ tables
@@ -147,105 +182,105 @@ def chain(name: str, seed: int, out: Path, data: Path, few: Path, args) -> str:
 
 def scores(run: Path) -> dict[str, float]:
     """What a run's files say, by column."""
-    found = {}
-    for column, (folder, mode) in COLUMNS.items():
-        if (file := run / folder / "eval.json").exists():
-            entry = json.loads(file.read_text())[mode]
-            found[column] = entry["top1"]
-            if "retrieval_1nn" in entry:
-                found[f"1-NN, {folder[4:]}"] = entry["retrieval_1nn"]
-            if "untrained" in entry:
-                found[f"untrained {column}"] = entry["untrained"]["top1"]
-    if (file := run / "metrics.jsonl").exists() and (run / "done").exists():
-        epochs = [json.loads(line) for line in file.read_text().splitlines()]
+    found = {"minutes": 0.0}
+    if (file := run / "frozen.json").exists():
+        found |= json.loads(file.read_text())
+    if (file := run / "finetune" / "eval.json").exists():
+        found["fine-tuned"] = json.loads(file.read_text())["finetune"]["top1"]
+    for folder in (run, run / "tokenizer") if (run / "done").exists() else ():
+        if not (file := folder / "metrics.jsonl").exists():
+            continue
+        epochs, last = [json.loads(line) for line in file.read_text().splitlines()], 0
         names = {"val_top1": "top-1", "own_image_auc": "own_image_auc", "box_area": "box_area",
-                 "box_area_shuffled": "shuffled"}  # fmt: skip
+                 "box_area_shuffled": "shuffled", "psnr": "PSNR",
+                 "perplexity": "perplexity"}  # fmt: skip
         found |= {column: epochs[-1][k] for k, column in names.items() if k in epochs[-1]}
-        batch, last = json.loads((run / "config.json").read_text())["batch_size"], 0
-        found["minutes"] = 0.0
+        batch = json.loads((folder / "config.json").read_text())["batch_size"]
         for x in epochs:
             found["minutes"] += (x["step"] - last) * batch / x["images_per_s"] / 60
             last = x["step"]
-    if (file := run / "tokenizer" / "metrics.jsonl").exists():
-        last = json.loads(file.read_text().splitlines()[-1])
-        found |= {"PSNR": last["psnr"], "perplexity": last["perplexity"]}
     return found
 
 
 def cell(values: list[float]) -> str:
     """Mean and standard deviation."""
+    if not values:
+        return ""
     digits = 2 if max(values) <= 1 else 1
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ", one seed"
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-def paired(found: dict, other: dict, column: str) -> str:
-    """Mean and standard error of the difference, over the seeds that both have; in bold if it is
-    more than two standard errors."""
+def paired(found: dict, other: dict, column: str) -> tuple[str, int]:
+    """Mean and standard error of the difference, over the seeds that both have, in bold if it is
+    more than two standard errors; and its sign, 0 if it is not."""
     both = [s for s in found if s in other and column in found[s] and column in other[s]]
     differences = [found[s][column] - other[s][column] for s in both]
     if len(differences) < 2:
-        return ""
+        return "", 0
     mean, error = statistics.mean(differences), statistics.stdev(differences) / len(both) ** 0.5
     text = f"{mean:+.1f} ± {error:.1f}"
-    return f"**{text}**" if abs(mean) > 2 * error else text
+    return (f"**{text}**", 1 if mean > 0 else -1) if abs(mean) > 2 * error else (text, 0)
 
 
-def table(names: list[str], columns: list[str], out: Path, differences: tuple[str, ...]) -> str:
-    found = {n: {s: x for s in SEEDS if (x := scores(out / f"{n}-{s}"))} for n in ROWS}
-    heads = ["method", *columns, *(f"paired, {x}" for x in differences), "minutes"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for name in (x for x in names if found[x]):
-        cells = [ROWS[name].label]
-        for column in columns:
-            values = [x[column] for x in found[name].values() if column in x]
-            cells.append(cell(values) if values else "")
-        base = ROWS[name].baseline
-        cells += [paired(found[name], found[base], x) if base else "" for x in differences]
-        times = [x["minutes"] for x in found[name].values() if "minutes" in x]
-        cells.append(f"{statistics.mean(times):.0f}" if times else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    if "linear, cls" in columns:
-        cells = ["untrained encoder"]
-        for column in columns:
-            values = [x[f"untrained {column}"] for x in found["mae"].values()
-                      if f"untrained {column}" in x]  # fmt: skip
-            cells.append(cell(values) if values else "")
-        lines.append("| " + " | ".join(cells + [""] * (len(differences) + 1)) + " |")
-    return "\n".join(lines)
+def markdown(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-class Pixels(nn.Module):
-    """In place of an encoder: the floor that features have to beat."""
+def tables(out: Path) -> str:
+    found = {n: {s: x for s in SEEDS if (x := scores(run_folder(n, s, out)))["minutes"]}
+             for n in ROWS}  # fmt: skip
+    parts = []
+    for heading, (names, columns) in TABLES.items():
+        rows, judged = [], [c for c in columns if c in JUDGED]
+        for name in (x for x in names if found[x]):
+            values = [[x[c] for x in found[name].values() if c in x] for c in columns]
+            base = found.get(ROWS[name].baseline, {})
+            pairs = [paired(found[name], base, c)[0] for c in judged]
+            minutes = statistics.mean(x["minutes"] for x in found[name].values())
+            rows.append([ROWS[name].label, *map(cell, values), *pairs, f"{minutes:.0f}"])
+        heads = ["method", *columns, *(f"paired, {c}" for c in judged), "minutes"]
+        parts.append(f"**{heading}**\n\n{markdown(heads, rows)}")
+    rows = []
+    for claim, (above, below) in CLAIMS.items():
+        for column in JUDGED:
+            text, sign = paired(found[above], found[below], column)
+            verdict = {1: "confirmed", 0: "not resolved", -1: "contradicted"}[sign]
+            rows += [[claim, column, text, verdict]] if text else []
+    return "\n\n".join([*parts, markdown(["claim", "column", "paired", "verdict"], rows)])
 
-    def __init__(self):
-        super().__init__()
-        self.settings = {"img_size": 32}
 
-    def forward(self, imgs: torch.Tensor) -> torch.Tensor:
-        return imgs.flatten(1)[:, None]
+def rates_table(names: list[str], rates: list[str], out: Path) -> str:
+    rows = []
+    for name in names:
+        column = "top-1" if "supervised" in ROWS[name].command else "linear, mean"
+        found = [[scores(run_folder(name, s, out, r)).get(column) for s in SEEDS] for r in rates]
+        cells = [cell([x for x in values if x is not None]) for values in found]
+        rows.append([ROWS[name].label, column, *cells])
+    return markdown(["method", "held out", *rates], rows)
 
 
 def pixels(data: Path, file: Path) -> str:
-    """A line with the scores of the pixels themselves, measured once."""
+    """A line with the scores of the pixels themselves, measured once: a floor for features."""
     if not file.exists():
-        cfg = eval_linear.Config(encoder="", pool="cls", device="cpu", workers=0)
-        run = common.Run(cfg)
-        train, val = (common.load_images(str(data), split, 32) for split in ("train", "val"))
-        evaluate = {"linear": eval_linear.evaluate_cached, "kNN": eval_linear.evaluate_knn}
-        found = {mode: f(run, Pixels(), train, val)["top1"] for mode, f in evaluate.items()}
-        file.write_text(json.dumps(found))
+        run = common.Run(eval_linear.Config(encoder="", device="cpu", workers=0))
+        images = (common.load_images(str(data), split, 32) for split in ("train", "val"))
+        train, val = ((x.pixels.flatten(1).float(), x.labels) for x in images)
+        found = {"linear": eval_linear.evaluate_cached(run, train, val, 10),
+                 "kNN": eval_linear.evaluate_knn(train, val, 10)}  # fmt: skip
+        file.write_text(json.dumps({mode: x["top1"] for mode, x in found.items()}))
     return "the pixels: linear {linear:.1f}, kNN {kNN:.1f}".format(**json.loads(file.read_text()))
 
 
-TABLES = {  # heading: rows, columns, those of which paired differences are shown
-    "Perceptual MAE": (["mae", "ls", "msg", "msg-ada"], list(COLUMNS)),
-    "MixedAE": (["mae", "mixed", "no-segment", "naive"], [*COLUMNS, "own_image_auc"]),
-    "CMAE": (["mae", "small-decoder", "crop", "contrast", "cmae"],
-             [*COLUMNS, "box_area", "shuffled"]),
-    "Supervised MIM": (["supervised", "twice", "pixels", "tokens"],
-                       ["top-1", "kNN, cls", "1-NN, cls", "PSNR", "perplexity"]),
-}  # fmt: skip
+def hardware(out: Path) -> str:
+    """This machine, and the versions that the runs say they had."""
+    name = platform.machine()
+    with suppress(OSError):
+        name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    logs = "".join(log.read_text() for log in out.glob("*/log"))
+    return ", ".join([f"{name}, {os.cpu_count()} cores", *sorted(set(re.findall(
+        r"torch \S+ · git \w+", logs)))])  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -257,29 +292,31 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--lr", help="instead of the plan's, in pre-training")
-    parser.add_argument("--held-out", action="store_true")
+    parser.add_argument("--rates", nargs="+", default=[])
     parser.add_argument("--tables", action="store_true")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--frozen", type=Path, help="only evaluate the encoder of this run")
     args = parser.parse_args(argv)
-    out = args.out.resolve()
-    data, few = (subset(args.data, out / f"first-{n}", n, args.held_out * n // 10)
-                 for n in (2000, 500))  # fmt: skip
+    if args.frozen:
+        return frozen(args.frozen, args.data)
+    out = args.out.resolve() / ("rates" if args.rates else "")
+    subset(args.data, out / "first-2000", 2000, held_out=bool(args.rates))
+    subset(args.data, out / "first-500", 500)
     if not args.tables:
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-            jobs = [pool.submit(chain, name, seed, out, data, few, args)
-                    for seed in args.seeds for name in args.rows]  # fmt: skip
+            jobs = [pool.submit(chain, name, seed, out, args, rate)
+                    for seed in args.seeds for name in args.rows
+                    for rate in args.rates or [""]]  # fmt: skip
             try:
                 for job in concurrent.futures.as_completed(jobs):
                     print(job.result(), flush=True)
             except BaseException:  # the scripts themselves save and stop at Ctrl-C
                 pool.shutdown(cancel_futures=True)
                 raise
-    for heading, (names, columns) in TABLES.items():
-        first = ("top-1",) if heading == "Supervised MIM" else ("linear, mean", "fine-tuned")
-        print(f"\n**{heading}**\n\n{table(names, columns, out, first)}")
-    print(f"\n{pixels(data, out / 'pixels.json')}\ntorch {torch.__version__}, git "
-          f"{common.git_hash()}\n\nThe commands:")  # fmt: skip
+    if args.rates:
+        return print(rates_table(args.rows, args.rates, out))
+    print(tables(out), pixels(out / "first-2000", out / "pixels.json"), hardware(out), sep="\n\n")
+    print("\nThe commands:")
     for name in args.rows:
         print(f"    python {ROWS[name].command}  # {ROWS[name].label}")
 

@@ -70,15 +70,12 @@ def test_knn_in_chunks_and_against_scikit_learn():
     assert everything.shape == (2, 3) and (everything > 0).all()
 
 
-def test_knn_of_every_k_equals_its_own_scores(monkeypatch):
+def test_knn_of_every_k_equals_its_own_scores():
     torch.manual_seed(0)
     labels = torch.randint(0, 8, (700,))
     features = 4 + torch.randn(8, 6)[labels] + torch.randn(700, 6)  # far ones count, too
     train, test = zip(features.split(400), labels.split(400), strict=True)
-    sets = iter([train, test])
-    monkeypatch.setattr(eval_linear, "all_features", lambda *arguments: next(sets))
-    images = common.Images(train[1], list(range(8)))
-    got = eval_linear.evaluate_knn(None, None, images, images)
+    got = eval_linear.evaluate_knn(train, test, 8)
     expected = {}
     for k in (1, 10, 20, 100, 200):
         scores = common.knn_scores(*train, test[0], k, num_classes=8)
@@ -333,16 +330,13 @@ def test_logistic_regression_equals_newtons_method():
         torch.testing.assert_close(bias - bias.mean(), w[15:] - w[15:].mean(), atol=limit, rtol=0)
 
 
-def probe(monkeypatch, train, test, **settings) -> dict:
-    """The cached probe of features and labels, in place of an encoder's."""
-    sets = iter([train, test])
-    monkeypatch.setattr(eval_linear, "all_features", lambda *arguments: next(sets))
+def probe(train, test, **settings) -> dict:
+    """The cached probe of features and labels."""
     run = common.Run(eval_linear.Config(encoder="", device="cpu", out="", **settings))
-    images = common.Images(train[1], list(range(int(train[1].max()) + 1)))
-    return eval_linear.evaluate_cached(run, None, images, images)
+    return eval_linear.evaluate_cached(run, train, test, int(train[1].max()) + 1)
 
 
-def test_cached_probe_is_as_good_as_the_best_linear_classifier(monkeypatch):
+def test_cached_probe_is_as_good_as_the_best_linear_classifier():
     """Gaussian classes in place of features: no classifier beats Bayes' rule, which is linear."""
     torch.manual_seed(0)
     scale = torch.logspace(-1, 1, 16)  # channels of very different scale
@@ -351,30 +345,30 @@ def test_cached_probe_is_as_good_as_the_best_linear_classifier(monkeypatch):
     distance = torch.cdist((features - 100) / scale, centres / scale)
     bayes = eval_linear.accuracy(-distance[4000:], labels[4000:])["top1"]
     sets = list(zip(features.split(4000), labels.split(4000), strict=True))
-    got = probe(monkeypatch, *sets)
+    got = probe(*sets)
     assert 60 < bayes < 95 and abs(got["top1"] - bayes) < 1.5
-    strong = probe(monkeypatch, *sets, weight_decay=1.0)
+    strong = probe(*sets, weight_decay=1.0)
     alike = [((x - 100) / scale, y) for x, y in sets]  # channels are standardised anyway
-    assert probe(monkeypatch, *alike, weight_decay=1.0) == strong
+    assert probe(*alike, weight_decay=1.0) == strong
 
 
-def test_cached_probe_holds_training_images_out_to_choose_its_weight(monkeypatch):
+def test_cached_probe_holds_training_images_out_to_choose_its_weight():
     torch.manual_seed(2)
     labels = torch.randint(0, 2, (4500,))
     features = torch.randn(4500, 150)
     features[:, 0] += 2 * labels
     few, many = (features[:500], labels[:500]), (features[500:], labels[500:])
-    chosen = probe(monkeypatch, few, many)
-    weakest = probe(monkeypatch, few, many, weight_decay=1e-5)
+    chosen = probe(few, many)
+    weakest = probe(few, many, weight_decay=1e-5)
     assert chosen["top1"] > weakest["top1"] + 3 and weakest["weight_decay"] == 1e-5
-    again = probe(monkeypatch, few, many, weight_decay=chosen["weight_decay"])
+    again = probe(few, many, weight_decay=chosen["weight_decay"])
     assert again == chosen
     std, mean = torch.std_mean(few[0].double(), dim=0)
     x, test = ((x - mean) / std for x in (few[0], many[0]))  # all training images, in the end
     scores = eval_linear.logistic_regression(x, few[1], test, 2, chosen["weight_decay"])
     expected = common.accuracy(scores, many[1])["top1"]
     assert chosen["top1"] == pytest.approx(expected, abs=0.05)
-    wrong = probe(monkeypatch, few, (many[0], 1 - many[1]))
+    wrong = probe(few, (many[0], 1 - many[1]))
     assert wrong["weight_decay"] == chosen["weight_decay"]  # no label of the test images is seen
     assert wrong["top1"] == pytest.approx(100 - chosen["top1"], abs=0.02)
 
