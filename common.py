@@ -689,7 +689,8 @@ class Config(TrainConfig):
 # are: the product of `accumulate` and the number of processes, although means of an epoch that was
 # stopped give its parts other weights if the one changes for the other; of `data`, what is in it.)
 RESUMABLE = {"out", "restart", "steps", "save_minutes", "data", "data_dir", "init_from",
-             "tokenizer", "workers", "device", "compile", "accumulate", "knn_every", "recon_every"}
+             "tokenizer", "workers", "device", "compile", "accumulate", "knn_every", "recon_every",
+             "val_every"}
 
 
 def check_numbers(cfg, least: float, *names: str) -> None:

@@ -73,12 +73,13 @@ class Config(common.TrainConfig):
     cutmix: float = 1.0  # finetune: alpha of cutmix; 0 is none
     smoothing: float = 0.1  # finetune: label smoothing
     erasing: float = 0.25  # finetune: probability of random erasing
+    val_every: int = 1  # validation every so many epochs and at the end; 0 is the end alone
     out: str | None = None  # where eval.json goes [beside the encoder]
 
     def check(self) -> None:
         super().check()
         names = ("layer_decay", "drop_path", "mixup", "cutmix", "smoothing", "erasing")
-        common.check_numbers(self, 0, *names)
+        common.check_numbers(self, 0, *names, "val_every")
         for name in names[:2] + names[4:]:
             if (getattr(self, name) or 0) > 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at most 1")
@@ -240,7 +241,7 @@ def evaluate_cached(run: common.Run, train: tuple, test: tuple, classes: int) ->
 
 def train_and_validate(run, model: nn.Module, optimizer, loader, loss_of, predict, val, floor=0.0):
     """Minimise loss_of(ddp, imgs, labels), `ddp` being the model to call; validate predict(imgs)
-    after each epoch. Returns the last accuracy."""
+    every --val-every epochs. Returns the last accuracy."""
 
     def validate() -> dict:
         return accuracy(*common.outputs(run, model, predict, val, loader.augment.size))
@@ -256,7 +257,7 @@ def train_and_validate(run, model: nn.Module, optimizer, loader, loss_of, predic
                 run.backward(loss)
                 run.log(loss=loss)
             run.update(optimizer)
-        results = validate()
+        results = validate() if run.due(run.cfg.val_every) else {}
         run.end_epoch(**results)
     return results or validate()
 

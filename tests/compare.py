@@ -50,7 +50,7 @@ MIXED, CMAE = f"mixed_ae.py {PRETRAIN}", f"cmae.py {PRETRAIN}"
 SUPERVISED = (f"supervised_mim.py {ENCODER} --epochs 5 --randaug 0 --mixup 0 --knn-every 10 "
               "--tokenizer-epochs 5")  # fmt: skip
 TUNING = ("--epochs 20 --warmup-epochs 2 --batch-size 125 --lr 1e-3 --mixup 0 --cutmix 0 "
-          "--erasing 0")  # fmt: skip
+          "--erasing 0 --val-every 0")  # fmt: skip
 
 
 class Row(NamedTuple):
@@ -151,30 +151,36 @@ def call(command: list[str], log: Path) -> None:
         raise common.UserError(f"exit code {done.returncode}; see {log}")
 
 
-def chain(name: str, seed: int, out: Path, args, rate: str = "") -> str:
-    """All of one run that is still to do."""
-    run, where = run_folder(name, seed, out, rate), f"--device cpu --seed {seed}"
-    supervised, log, data = "supervised" in ROWS[name].command, run / "log", out / "first-2000"
-    small = "--epochs 1 --batch-size 16" if args.quick else ""
+def run_folder(name: str, seed: int, out: Path, rate: str = "") -> Path:
+    return out / "-".join([name, *[rate] * bool(rate), str(seed)])
+
+
+def pretrain(name: str, seed: int, out: Path, args, rate: str = "") -> str:
+    """Train, and evaluate the frozen encoder, as far as that is still to do."""
+    run = run_folder(name, seed, out, rate)
     flags = f"--lr {rate} --epochs 5" if rate else ""
     if args.quick:
-        flags += f" --img-size 16 --depth 1 {small}"
-        flags += " --tokenizer-epochs 1 --tokenizer-width 4 --codebook-size 16" * supervised
-    train = f"{ROWS[name].command} {where} {flags} --data {data} --out {run}"
-    tune = f"eval_linear.py {run} --mode finetune {TUNING} {where} {small}"
+        flags += " --img-size 16 --depth 1 --epochs 1 --batch-size 16"
+        if "supervised" in ROWS[name].command:
+            flags += " --tokenizer-epochs 1 --tokenizer-width 4 --codebook-size 16"
     run.mkdir(parents=True, exist_ok=True)
+    where = f"--device cpu --seed {seed} --data {out / 'first-2000'} --out {run}"
     if not (run / "done").exists():
-        call(train.split(), log)
+        call(f"{ROWS[name].command} {where} {flags}".split(), run / "log")
         (run / "done").touch()
     if not (run / "frozen.json").exists():
-        call([str(Path(__file__).resolve()), "--data", str(data), "--frozen", str(run)], log)
-    if not (supervised or rate or (run / "finetune" / "eval.json").exists()):
-        call([*tune.split(), "--data", str(out / "first-500"), "--out", str(run / "finetune")], log)
+        file = str(Path(__file__).resolve())
+        call([file, "--data", str(out / "first-2000"), "--frozen", str(run)], run / "log")
     return f"{run}: done"
 
 
-def run_folder(name: str, seed: int, out: Path, rate: str = "") -> Path:
-    return out / "-".join([name, *[rate] * bool(rate), str(seed)])
+def finetune(name: str, seed: int, out: Path, args) -> str:
+    run, few = run_folder(name, seed, out), out / "first-500"
+    flags = f"{TUNING} --device cpu --seed {seed} --data {few} --out {run / 'finetune'}"
+    flags += " --epochs 1 --batch-size 16" * args.quick
+    if "supervised" not in ROWS[name].command and not (run / "finetune" / "eval.json").exists():
+        call(f"eval_linear.py {run} --mode finetune {flags}".split(), run / "log")
+    return f"{run}: fine-tuned"
 
 
 # ------------------------------------------------------------------------------ tables
@@ -302,11 +308,11 @@ def main(argv: list[str] | None = None) -> None:
     out = args.out.resolve() / ("rates" if args.rates else "")
     subset(args.data, out / "first-2000", 2000, held_out=bool(args.rates))
     subset(args.data, out / "first-500", 500)
-    if not args.tables:
+    for stage in () if args.tables else (pretrain,) if args.rates else (pretrain, finetune):
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-            jobs = [pool.submit(chain, name, seed, out, args, rate)
-                    for seed in args.seeds for name in args.rows
-                    for rate in args.rates or [""]]  # fmt: skip
+            jobs = [pool.submit(stage, name, seed, out, args, *rate)
+                    for name in args.rows for seed in args.seeds
+                    for rate in [[x] for x in args.rates] or [[]]]  # fmt: skip
             try:
                 for job in concurrent.futures.as_completed(jobs):
                     print(job.result(), flush=True)

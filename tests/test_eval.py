@@ -254,6 +254,17 @@ def test_layer_decay_reaches_the_optimiser(encoder_file):
         assert group["betas"] == (0.9, 0.999)
 
 
+@pytest.mark.parametrize("every, epochs", [(1, [1, 2, 3]), (2, [2, 3]), (0, [])])
+def test_validation_is_due_every_so_many_epochs_and_at_the_end(every, epochs, encoder_file):
+    entry = evaluate(encoder_file, "finetune", "--epochs", "3", "--val-every", str(every))
+    (file,) = encoder_file.parent.glob("eval-finetune-*/metrics.jsonl")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [x["epoch"] for x in lines if "top1" in x] == epochs
+    evaluate(encoder_file, "finetune", "--epochs", "3", "--restart")
+    last = json.loads(file.read_text().splitlines()[-1])
+    assert entry["top1"] == last["top1"]  # whatever was validated in between
+
+
 @pytest.mark.parametrize("mode", ["linear", "finetune"])
 def test_a_training_is_resumed_whoever_asks_for_it(mode, encoder_file, capsys):
     """With --baseline or without, by the file or by its folder; but not that of other weights."""
