@@ -119,12 +119,13 @@ def subset(data: Path, folder: Path, count: int, held_out: bool = False) -> Path
     return folder
 
 
-def frozen(folder: Path, data: Path) -> None:
+def frozen(folder: Path, data: Path, device: str) -> None:
     """Write what `eval_linear.py FOLDER` has to say in its modes linear and knn, of cls and mean,
     to FOLDER/frozen.json. The encoder is called once for all four."""
     seed = json.loads((folder / "config.json").read_text())["seed"]
-    cfg = eval_linear.Config(encoder=str(folder), device="cpu", workers=0, seed=seed)
-    run, encoder = common.Run(cfg), common.load_encoder(folder / "encoder.pt")
+    cfg = eval_linear.Config(encoder=str(folder), device=device, workers=0, seed=seed)
+    run = common.Run(cfg)
+    encoder = common.load_encoder(folder / "encoder.pt").to(run.device)
     size, found = encoder.settings["img_size"], {}
     train, val = (common.load_images(str(data), split, size) for split in ("train", "val"))
 
@@ -164,19 +165,19 @@ def pretrain(name: str, seed: int, out: Path, args, rate: str = "") -> str:
         if "supervised" in ROWS[name].command:
             flags += " --tokenizer-epochs 1 --tokenizer-width 4 --codebook-size 16"
     run.mkdir(parents=True, exist_ok=True)
-    where = f"--device cpu --seed {seed} --data {out / 'first-2000'} --out {run}"
+    where = f"--device {args.device} --seed {seed} --data {out / 'first-2000'} --out {run}"
     if not (run / "done").exists():
         call(f"{ROWS[name].command} {where} {flags}".split(), run / "log")
         (run / "done").touch()
     if not (run / "frozen.json").exists():
-        file = str(Path(__file__).resolve())
-        call([file, "--data", str(out / "first-2000"), "--frozen", str(run)], run / "log")
+        evaluate = f"--frozen {run} --data {out / 'first-2000'} --device {args.device}"
+        call([str(Path(__file__).resolve()), *evaluate.split()], run / "log")
     return f"{run}: done"
 
 
 def finetune(name: str, seed: int, out: Path, args) -> str:
     run, few = run_folder(name, seed, out), out / "first-500"
-    flags = f"{TUNING} --device cpu --seed {seed} --data {few} --out {run / 'finetune'}"
+    flags = f"{TUNING} --device {args.device} --seed {seed} --data {few} --out {run / 'finetune'}"
     flags += " --epochs 1 --batch-size 16" * args.quick
     if "supervised" not in ROWS[name].command and not (run / "finetune" / "eval.json").exists():
         call(f"eval_linear.py {run} --mode finetune {flags}".split(), run / "log")
@@ -299,12 +300,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--rates", nargs="+", default=[])
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--tables", action="store_true")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--frozen", type=Path, help="only evaluate the encoder of this run")
     args = parser.parse_args(argv)
     if args.frozen:
-        return frozen(args.frozen, args.data)
+        return frozen(args.frozen, args.data, args.device)
     out = args.out.resolve() / ("rates" if args.rates else "")
     subset(args.data, out / "first-2000", 2000, held_out=bool(args.rates))
     subset(args.data, out / "first-500", 500)
