@@ -2,7 +2,6 @@
 
 import importlib
 import json
-from pathlib import Path
 
 import compare
 import pytest
@@ -18,7 +17,7 @@ def called(monkeypatch):
 
     def call(command, log):
         calls.append(command)
-        if command[0] == str(Path(compare.__file__)):
+        if command[0] == "tests/compare.py":
             return compare.main(command[1:])
         script = importlib.import_module(command[0].removesuffix(".py"))
         flags = [*command[1:], "--workers", "0"]
@@ -30,65 +29,136 @@ def called(monkeypatch):
 
 
 def run(out, data, *flags) -> None:
-    compare.main(["--data", str(data), "--out", str(out), "--quick", *flags])
+    compare.main(["--data", str(data), "--out", str(out), *flags])
 
 
 def test_rows_are_run_once_and_printed(called, tmp_path, shapes_folder, capsys):
-    seeds = ["--seeds", "0", "1", "--rows"]
+    seeds = ["--quick", "--seeds", "0", "1", "--rows"]
     run(tmp_path, shapes_folder, *seeds, "pixels")
     assert len(called) == 2 * 2
     capsys.readouterr()
-    run(tmp_path, shapes_folder, *seeds, "mae", "untrained", "pixels")
-    assert len(called) == 2 * 2 + 2 * 6  # those that were not done
+    run(tmp_path, shapes_folder, *seeds, "mae", "pixels")
+    assert len(called) == 2 * 2 + 2 * 3  # those that were not done
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("| MAE |") for line in lines) == 3  # the baseline of three families
     assert sum(line.startswith("| + MIM of pixels |") for line in lines) == 1
     row = next(line for line in lines if line.startswith("| MAE |"))
-    found = [json.loads(f.read_text()) for f in sorted(tmp_path.glob("mae-*/frozen.json"))]
+    quick = tmp_path / "quick"
+    found = [json.loads(f.read_text()) for f in sorted(quick.glob("mae-*/frozen.json"))]
     assert row.split(" | ")[2] == compare.cell([x["linear, mean"] for x in found])
-    assert "| confirmed |" not in "".join(lines)  # none of the claims has both its rows
-    count = len(called)
-    run(tmp_path, shapes_folder, "--tables")
-    assert len(called) == count
+    tuned = [json.loads(f.read_text()) for f in sorted(quick.glob("mae-*/finetune/eval.json"))]
+    assert row.split(" | ")[5] == compare.cell([x["finetune"]["top1"] for x in tuned])
+    run(tmp_path, shapes_folder, "--quick", "--tables")
+    assert len(called) == 2 * 2 + 2 * 3
 
 
 def test_features_of_one_pass_have_the_scores_of_eval_linear(called, tmp_path, shapes_folder):
-    run(tmp_path, shapes_folder, "--seeds", "1", "--rows", "mae")
-    found = json.loads((tmp_path / "mae-1" / "frozen.json").read_text())
+    run(tmp_path, shapes_folder, "--quick", "--seeds", "1", "--rows", "mae")
+    folder = tmp_path / "quick" / "mae-1"
+    found = json.loads((folder / "frozen.json").read_text())
     for mode, key in (("linear", "linear"), ("knn", "kNN")):
         for pool in compare.POOLS:
-            flags = [str(tmp_path / "mae-1"), "--mode", mode, "--pool", pool, "--seed", "1"]
+            flags = [str(folder), "--mode", mode, "--pool", pool, "--seed", "1"]
             flags += ["--device", "cpu", "--workers", "0"]
             eval_linear.main(common.parse(eval_linear.Config, {}, flags))
-            entry = json.loads((tmp_path / "mae-1" / "eval.json").read_text())[mode]
+            entry = json.loads((folder / "eval.json").read_text())[mode]
             assert entry["top1"] == found[f"{key}, {pool}"]
             assert entry.get("retrieval_1nn", 0) == found[f"1-NN, {pool}"] * (mode == "knn")
 
 
 def test_rates_are_compared_on_held_out_images(called, tmp_path, shapes_folder, capsys):
-    run(tmp_path, shapes_folder, "--seeds", "0", "--rows", "mae", "--rates", "1e-3", "1e-9")
-    table = capsys.readouterr().out
-    assert "| MAE | linear, mean | " in table
+    flags = ["--quick", "--seeds", "0", "--rows", "mae", "--rates", "1e-3", "1e-9"]
+    run(tmp_path, shapes_folder, *flags)
+    table, found = capsys.readouterr().out, []
     for rate in ("1e-3", "1e-9"):
-        config = json.loads((tmp_path / "rates" / f"mae-{rate}-0" / "config.json").read_text())
+        folder = tmp_path / "quick" / "rates" / f"mae-{rate}-0"
+        config = json.loads((folder / "config.json").read_text())
         assert config["lr"] == float(rate) and "rates" in config["data"]
+        found.append(json.loads((folder / "frozen.json").read_text())["linear, mean"])
+    first, second = map(compare.cell, ([x] for x in found))
+    assert f"| MAE | linear, mean | {first} | {second} |" in table
     assert len(called) == 2 * 2  # trained, evaluated
 
 
 def test_held_out_images_are_training_images(tmp_path, shapes_folder):
     folder = compare.subset(shapes_folder, tmp_path, 3, held_out=True)
-    train, val = ({x.name for x in (folder / split).rglob("*.*")} for split in ("train", "val"))
-    ours = {x.name for x in (shapes_folder / "train").rglob("*.*")}
+    train, val = ({x.resolve() for x in (folder / y).rglob("*.*")} for y in ("train", "val"))
     classes = len(list((shapes_folder / "train").iterdir()))
-    assert len(train) == 2 * classes and len(val) == classes
-    assert not train & val and train | val <= ours
+    assert len(train) == 2 * classes and len(val) == classes and not train & val
+    ours = {x.resolve() for x in (shapes_folder / "train").rglob("*.*")}
+    assert train | val <= ours
+    folder = compare.subset(shapes_folder, tmp_path / "all", 3)
+    assert {x.resolve() for x in (folder / "val").rglob("*.*")}.isdisjoint(ours)
+
+
+def test_what_is_done_is_that_very_command(monkeypatch, tmp_path, capsys):
+    calls = []
+    monkeypatch.setattr(compare, "call", lambda command, log: calls.append(command))
+    for _ in range(2):
+        compare.once(tmp_path / "done", "mae.py --lr 1", "--out", "a folder")
+    assert calls == [["mae.py", "--lr", "1", "--out", "a folder"]]
+    with pytest.raises(common.UserError, match=r"is of `mae\.py --lr 1`, not of `mae\.py --lr 2`"):
+        compare.once(tmp_path / "done", "mae.py --lr 2", "--out", "a folder")
+
+
+def test_a_run_that_fails_does_not_end_the_others(monkeypatch, tmp_path, shapes_folder, capsys):
+    calls = []
+
+    def call(command, log):
+        calls.append(command[0])
+        if command[0] == "mixed_ae.py":
+            raise common.UserError("exit code 2; see its log")
+
+    monkeypatch.setattr(compare, "call", call)
+    monkeypatch.setattr(compare, "pixels", lambda *arguments: "")
+    with pytest.raises(common.UserError, match="exit code 2; see its log"):
+        run(tmp_path, shapes_folder, "--seeds", "0", "--rows", "mixed", "mae")
+    evaluate = ["tests/compare.py", "eval_linear.py"]  # but not what was not trained
+    assert calls == ["mixed_ae.py", "mae_perceptual.py", *evaluate]
+    assert "| claim |" in capsys.readouterr().out
+
+
+def test_a_command_that_fails_or_ends_well(tmp_path):
+    compare.call(["-c", "print('well')"], tmp_path / "log")
+    with pytest.raises(common.UserError, match="exit code 3"):
+        compare.call(["-c", "exit(3)"], tmp_path / "log")
+    assert "well" in (tmp_path / "log").read_text() and not compare.CHILDREN
+
+
+def test_verdicts_follow_from_the_runs_files(tmp_path):
+    """Hand-written files: CMAE is above MAE, MixedAE below, Perceptual MAE neither."""
+    linear = {"mae": (50, 51, 52), "cmae": (53, 53.9, 55), "mixed": (49, 50.1, 51),
+              "msg-ada": (49, 52, 52), "supervised": (1, 2, 3), "tokens": (9, 9, 9)}  # fmt: skip
+    for name, values in linear.items():
+        for seed, value in enumerate(values):
+            folder = tmp_path / f"{name}-{seed}"
+            folder.mkdir()
+            (folder / "frozen.json").write_text(json.dumps({"linear, mean": value}))
+            (folder / "config.json").write_text(json.dumps({"batch_size": 60}))
+            line = {"step": 10, "images_per_s": 5.0, "val_top1": 70 - value}
+            (folder / "metrics.jsonl").write_text(json.dumps(line))
+            (folder / "trained").touch()
+    lines = compare.tables(tmp_path, [0, 1, 2]).splitlines()
+    verdicts = [line.strip("| ").split(" | ") for line in lines if "is above" in line]
+    verdicts += [line.strip("| ").split(" | ") for line in lines if "are above" in line]
+    assert verdicts == [
+        ["Perceptual MAE is above MAE", "linear, mean", "+0.0 ± 0.6", "not resolved"],
+        ["MixedAE is above MAE", "linear, mean", "**-1.0 ± 0.0**", "contradicted"],
+        ["CMAE is above MAE", "linear, mean", "**+3.0 ± 0.0**", "confirmed"],
+        ["tokens are above the supervised baseline", "top-1", "**-7.0 ± 0.6**", "contradicted"],
+    ]
+    row = next(line for line in lines if line.startswith("| + positions: CMAE |"))
+    assert "| 54.0 ± 1.0 |" in row and row.endswith("| **+3.0 ± 0.0** |  | 2 |")
+    assert len(compare.tables(tmp_path, [0, 1]).splitlines()) < len(lines)  # two seeds: no verdict
 
 
 def test_every_row_s_command_is_accepted():
     for row in compare.ROWS.values():
-        script, *flags = row.command.split()
-        module = importlib.import_module(script.removesuffix(".py"))
-        common.parse(module.Config, module.PRESETS, flags)
+        for more in ("", compare.QUICK):
+            script, *flags = (row.command + more).split()
+            module = importlib.import_module(script.removesuffix(".py"))
+            cfg = common.parse(module.Config, module.PRESETS, flags)
+            module.build(cfg, *[10] * (script == "supervised_mim.py"))
 
 
 def test_differences_are_paired_by_seed():
@@ -96,6 +166,8 @@ def test_differences_are_paired_by_seed():
     two = {0: {"x": 52.0}, 1: {"x": 41.5}, 2: {"x": 32.5}, 3: {"x": 99.0}}
     assert compare.paired(two, one, "x") == ("**+2.0 ± 0.3**", 1)
     assert compare.paired(one, two, "x") == ("**-2.0 ± 0.3**", -1)
-    assert compare.paired({0: {"x": 51.0}, 1: {"x": 39.5}}, one, "x") == ("+0.2 ± 0.7", 0)
-    assert compare.paired({0: {"x": 51.0}}, one, "x") == ("", 0)
-    assert compare.cell([0.5, 0.52]) == "0.51 ± 0.01" and compare.cell([50.0]) == "50.0, one seed"
+    two[2]["x"] = 27.0
+    assert compare.paired(two, one, "x") == ("+0.2 ± 1.6", 0)
+    assert compare.paired({0: {"x": 51.0}, 1: {"x": 39.5}}, one, "x") == ("", 0)
+    assert compare.cell([0.5, 0.52, 0.54]) == "0.52 ± 0.02"
+    assert compare.cell([50.0]) == "50.0 (n = 1)"
