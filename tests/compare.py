@@ -370,5 +370,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, terminate)
     try:
         main()
-    except (common.UserError, KeyboardInterrupt) as error:
-        sys.exit(f"stopped: {error}; the same command goes on")
+    except common.UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on")
