@@ -23,9 +23,9 @@ If --feature-weight, --style-weight and --adv-weight are all 0, there is L_pix a
         mae_perceptual.py --preset imagenet --data /data/imagenet
     python eval_linear.py runs/mae_perceptual-demo --baseline   # then: is the encoder any good?
 
-The first takes 2.6 minutes on two cores of a 2.5 GHz Xeon; its linear probe, of three seeds on one
-core of an AMD EPYC, gives 66.0, 68.7 and 74.5 % (untrained, one seed: 53.3). For CIFAR-10 see the
-README. On a GPU: not yet measured.
+The first takes 2.6 minutes on two cores of an AMD EPYC; its linear probe, of seeds 0, 1, 2 (one
+core), gives 74.5, 66.0 and 69.4 % (untrained 53.3, 53.0 and 53.5). For CIFAR-10 see the README. On
+a GPU: not yet measured.
 
 Equation -> code. x image, y reconstruction (of all patches, nothing pasted in), f_j feature maps
 of a frozen copy of the discriminator D; images are normalised, for D and the losses too.

@@ -16,8 +16,8 @@ its own image, by attention to few keys and by a contrastive loss. No second vie
         mixed_ae.py --preset imagenet --data /data/imagenet
     python eval_linear.py runs/mixed_ae-demo --baseline         # then: is the encoder any good?
 
-The first takes 2.0 minutes on two cores of a 2.5 GHz Xeon; its linear probe, three seeds, one core
-of an AMD EPYC: 62.9, 70.8, 75.6 % (untrained, one seed: 54.1). CIFAR-10: README. GPU: not measured.
+The first takes 2.1 minutes on two cores of an AMD EPYC; its linear probe, seeds 0, 1, 2, one core:
+70.8, 62.9, 75.6 % (untrained 54.1, 53.0, 52.0). CIFAR-10: README. GPU: not measured.
 
 Equation -> code. G images in a group, L patches in an image, r = 1/G; image i of a group, patch l.
     source(l)   a random assignment, exactly L/G of the places to each image    random_mixing

@@ -17,8 +17,8 @@ decoder is dropped afterwards: no cost at inference. Unlike MAE (He et al., CVPR
         supervised_mim.py --preset imagenet --data /data/imagenet
     python eval_linear.py runs/supervised_mim-demo --mode knn   # with all images: eval.json
 
-The first takes 2.6 minutes on two cores of a 2.5 GHz Xeon; top-1 of three seeds, one core of an AMD
-EPYC: 53.6, 55.7, 62.9 %. The second: a minute, 45.9 % (one seed). CIFAR-10: README. GPU: not yet.
+The first takes 3.0 minutes on two cores of an AMD EPYC; top-1 of seeds 0, 1, 2 (one core): 55.4,
+56.9, 53.7 %. The second: 1.1 minutes; 46.2, 54.5, 44.0 %. CIFAR-10: README. GPU: not yet.
 
 The tokenizer. Without --tokenizer FILE one is trained first, for --tokenizer-epochs, in the folder
 tokenizer/ of the run, to its end whatever --steps says. An unfinished one is trained on, a finished
