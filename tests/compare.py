@@ -11,11 +11,12 @@ are trained on the first 2000 images of each class and evaluated on all of val/;
 the first 500. One thread and one process a run, --jobs of them at once. Ctrl-C stops all; the same
 command goes on.
 
-All rows: the same encoder, images, crops, epochs, batch, learning rate and evaluation; seeds 0, 1,
-2. CMAE's contrast sees two crops of an image in a step. The rate is the best of 3e-4, 1e-3 and 3e-3
-for MAE, and for the supervised baseline (--rates: 5 epochs on nine tenths of the training images of
-each class; the last tenth is their val/). What is behind gets one more try with its own, which
-changes no verdict. Fine-tuning is not tuned; from scratch, it has the same settings.
+All rows of a table: the same encoder, images, crops, epochs (but those of twice the epochs), batch,
+learning rate and evaluation; seeds 0, 1, 2. CMAE's contrast sees two crops of an image in a step.
+The rate is the best of 3e-4, 1e-3 and 3e-3 for MAE (--rates: 5 epochs on nine tenths of the
+training images of each class; the last tenth is their val/); that of the supervised rows is not
+chosen yet. What is behind gets one more try with its own, which changes no verdict. Fine-tuning is
+not tuned; from scratch, it has the same settings.
 
 ± is the standard deviation over seeds. Differences are paired by seed: mean ± standard error.
 Minutes are those of training steps, on one core if --device is cpu.
@@ -23,7 +24,7 @@ Minutes are those of training steps, on one core if --device is cpu.
 CLAIMS are the papers', written down before the first run; shorter runs on the same images were
 known. A difference of more than two standard errors is a result, in bold: *confirmed* with the sign
 of the claim, *contradicted* with the other; else it is *not resolved*. Two standard errors of three
-seeds are weak evidence: by chance alone, one verdict in five or six would not be "not resolved".
+seeds are weak evidence: chance alone makes a result of about one verdict in five.
 """
 
 import argparse
@@ -156,7 +157,7 @@ def frozen(folder: Path, data: Path, device: str) -> None:
 
 
 def terminate(*_) -> None:
-    for child in CHILDREN:
+    for child in list(CHILDREN):  # the threads take theirs out
         child.terminate()
     raise KeyboardInterrupt
 

@@ -91,7 +91,7 @@ def test_held_out_images_are_training_images(tmp_path, shapes_folder):
     assert {x.resolve() for x in (folder / "val").rglob("*.*")}.isdisjoint(ours)
 
 
-def test_what_is_done_is_that_very_command(monkeypatch, tmp_path, capsys):
+def test_what_is_done_is_that_very_command(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(compare, "call", lambda command, log: calls.append(command))
     for _ in range(2):
