@@ -118,7 +118,7 @@ CLAIMS = {  # the claim: the row that is above, the row below
 
 def subset(data: Path, folder: Path, count: int, held_out: bool = False) -> Path:
     """Links to the first `count` training images of each class, and to val/. If held_out, the last
-    tenth of these are val/ instead."""
+    tenth of these are val/ instead. UserError if there are links to other data."""
     for name in sorted(x.name for x in (data / "train").iterdir() if x.is_dir()):
         train, val = sorted((data / "train" / name).iterdir())[:count], data / "val" / name
         keep = len(train) - held_out * max(1, len(train) // 10)
@@ -126,8 +126,11 @@ def subset(data: Path, folder: Path, count: int, held_out: bool = False) -> Path
         for split, chosen in parts.items():
             (folder / split / name).mkdir(parents=True, exist_ok=True)
             for path in chosen:
+                link = folder / split / name / path.name
                 with suppress(FileExistsError):
-                    (folder / split / name / path.name).symlink_to(path.resolve())
+                    link.symlink_to(path.resolve())
+                if link.resolve() != path.resolve():
+                    raise common.UserError(f"{link} is not of {data}; use another --out")
     return folder
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 
 import compare
 import pytest
@@ -89,6 +90,9 @@ def test_held_out_images_are_training_images(tmp_path, shapes_folder):
     assert train | val <= ours
     folder = compare.subset(shapes_folder, tmp_path / "all", 3)
     assert {x.resolve() for x in (folder / "val").rglob("*.*")}.isdisjoint(ours)
+    other = shutil.copytree(shapes_folder, tmp_path / "other")
+    with pytest.raises(common.UserError, match=r"is not of .*other; use another --out"):
+        compare.subset(other, tmp_path / "all", 3)
 
 
 def test_what_is_done_is_that_very_command(monkeypatch, tmp_path):
