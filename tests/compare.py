@@ -118,8 +118,11 @@ CLAIMS = {  # the claim: the row that is above, the row below
 
 def subset(data: Path, folder: Path, count: int, held_out: bool = False) -> Path:
     """Links to the first `count` training images of each class, and to val/. If held_out, the last
-    tenth of these are val/ instead. UserError if there are links to other data."""
-    for name in sorted(x.name for x in (data / "train").iterdir() if x.is_dir()):
+    tenth of these are val/ instead. UserError if there are links to other data, or no classes."""
+    names = sorted(x.name for x in (data / "train").glob("*") if x.is_dir())
+    if not names or not all((data / "val" / name).is_dir() for name in names):
+        raise common.UserError(f"--data {data}: no train/ and val/ with the same class folders")
+    for name in names:
         train, val = sorted((data / "train" / name).iterdir())[:count], data / "val" / name
         keep = len(train) - held_out * max(1, len(train) // 10)
         parts = {"train": train[:keep], "val": train[keep:] or sorted(val.iterdir())}

@@ -93,6 +93,10 @@ def test_held_out_images_are_training_images(tmp_path, shapes_folder):
     other = shutil.copytree(shapes_folder, tmp_path / "other")
     with pytest.raises(common.UserError, match=r"is not of .*other; use another --out"):
         compare.subset(other, tmp_path / "all", 3)
+    shutil.rmtree(other / "val")
+    for data in (other, tmp_path / "nowhere"):
+        with pytest.raises(common.UserError, match="no train/ and val/ with the same class"):
+            compare.subset(data, tmp_path / "new", 3)
 
 
 def test_what_is_done_is_that_very_command(monkeypatch, tmp_path):
