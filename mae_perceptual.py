@@ -72,8 +72,8 @@ Known deviations
     "demo", "cifar": --normalize-features, features    at weight 40, grad_style rose from 0.007 to
       over the real map's root mean square             0.8 ("ls": from 0.7 to 5) as D learned
     "demo", "cifar": weights of L_style 2, L_adv 0.1,  balanced by grad_* and d_acc_* in short runs;
-      R1 0.01; D's learning rate, constant while the     in ten epochs of CIFAR-10 (README, patch
-      generator's goes to 0; copies of D sooner          4) grad_adv rose to between 5 and 43
+      R1 0.01; D's learning rate, constant while the   in ten epochs of CIFAR-10 (README, patch
+      generator's goes to 0; copies of D sooner        4) grad_adv rose to between 5 and 43
     D and the generator step at the same time          one forward pass of each; no micro-batch is
                                                        kept for a second one
     BatchNorm of "ls", minibatch deviation of the      keep at least 4 images in a micro-batch; with
