@@ -609,6 +609,15 @@ def test_learning_rates_decay_every_30_epochs(tmp_path, shapes_folder):
     assert all(group["lr"] == 5e-4 and group["betas"] == (0.9, 0.95) for group in groups)
 
 
+def test_without_a_decay_both_players_follow_the_cosine(tmp_path, shapes_folder):
+    flags = ["--epochs", "1", "--lr", "0.002", "--disc-lr", "0.01", "--warmup-epochs", "0"]
+    train("ls", tmp_path, shapes_folder, *flags)  # four steps
+    last = 0.5 * (1 + math.cos(math.pi * 3 / 4))
+    for name, peak in (("optimizer", 0.002), ("d_optimizer", 0.01)):
+        groups = weights(tmp_path, name)["param_groups"]
+        assert all(group["lr"] == pytest.approx(peak * last) for group in groups)
+
+
 @pytest.mark.parametrize("variant", ["ls", "msg"])
 def test_without_losses_of_d_there_is_no_d(variant, tmp_path, shapes_folder, monkeypatch):
     """L1 on all pixels of all scales, by plain gradient descent on the model alone."""
