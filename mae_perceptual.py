@@ -24,7 +24,7 @@ If --feature-weight, --style-weight and --adv-weight are all 0, there is L_pix a
     python eval_linear.py runs/mae_perceptual-demo --baseline   # then: is the encoder any good?
 
 The first takes 2.6 minutes on two cores of an AMD EPYC; its linear probe, of seeds 0, 1, 2 (one
-core), gives 74.5, 66.0 and 69.4 % (untrained 53.3, 53.0 and 53.5). For CIFAR-10 see the README. On
+core), gives 66.7, 71.2 and 70.0 % (untrained 53.3, 53.0 and 53.5). For CIFAR-10 see the README. On
 a GPU: not yet measured.
 
 Equation -> code. x image, y reconstruction (of all patches, nothing pasted in), f_j feature maps
