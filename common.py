@@ -1513,8 +1513,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def git_hash() -> str:
-    """Short hash of the checkout that this file lies in, or "unknown"."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    """Short hash of the checkout that this file lies in, "-dirty" if changed, or "unknown"."""
+    folder = Path(__file__).parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude=*"]
     with suppress(OSError):
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
     return "unknown"

@@ -11,20 +11,22 @@ are trained on the first 2000 images of each class and evaluated on all of val/.
 also fine-tuned on the first 500: on a CPU, that takes longer than to train them. One thread and one
 process a run, --jobs of them at once. Ctrl-C stops all; the same command goes on.
 
-All rows of a table: the same encoder, images, crops, epochs (but those of twice the epochs), batch,
-learning rate and evaluation; seeds 0, 1, 2. CMAE's contrast sees two crops of an image in a step.
+All rows of a table: the same encoder, images, size of crops, epochs (but those of twice the
+epochs), batch, learning rate and evaluation; seeds 0, 1, 2. CMAE's contrast sees two crops of an
+image in a step, one of them in other colours; ContrastiveCrop chooses where they are.
 The rate is the best of 3e-4, 1e-3 and 3e-3 for MAE (--rates: 5 epochs on nine tenths of the
 training images of each class; the last tenth is their val/); that of the supervised rows is not
-chosen yet. What is behind gets one more try with its own, which changes no verdict. Fine-tuning is
-not tuned; from scratch, it has the same settings.
+chosen yet. Fine-tuning is not tuned; from scratch, it has the same settings.
 
 ± is the standard deviation over seeds. Differences are paired by seed: mean ± standard error.
-Minutes are those of training steps, on one core if --device is cpu.
+Minutes are those of training steps, on one core if --device is cpu: without CMAE's boxes, and
+longer if other processes keep the machine busy. To run a row again, delete its folders.
 
 CLAIMS are the papers', written down before the first run; shorter runs on the same images were
 known. A difference of more than two standard errors is a result, in bold: *confirmed* with the sign
 of the claim, *contradicted* with the other; else it is *not resolved*. Two standard errors of three
-seeds are weak evidence: chance alone makes a result of about one verdict in five.
+seeds are weak evidence: chance alone makes a result of about one verdict in five; and the choice of
+images is not in them.
 """
 
 import argparse
@@ -119,7 +121,7 @@ CLAIMS = {  # the claim: the row that is above, the row below
 
 def subset(data: Path, folder: Path, count: int, held_out: bool = False) -> Path:
     """Links to the first `count` training images of each class, and to val/. If held_out, the last
-    tenth of these are val/ instead. UserError if there are links to other data, or no classes."""
+    tenth of these are val/ instead. UserError if there are other links, or no classes."""
     names = sorted(x.name for x in (data / "train").glob("*") if x.is_dir())
     if not names or not all((data / "val" / name).is_dir() for name in names):
         raise common.UserError(f"--data {data}: no train/ and val/ with the same class folders")
@@ -133,8 +135,9 @@ def subset(data: Path, folder: Path, count: int, held_out: bool = False) -> Path
                 link = folder / split / name / path.name
                 with suppress(FileExistsError):
                     link.symlink_to(path.resolve())
-                if link.resolve() != path.resolve():
-                    raise common.UserError(f"{link} is not of {data}; use another --out")
+            links = sorted((folder / split / name).iterdir())
+            if [x.resolve() for x in links] != [x.resolve() for x in chosen]:
+                raise common.UserError(f"{folder} has other images than {data}; use another --out")
     return folder
 
 
@@ -223,14 +226,16 @@ def finetune(name: str, seed: int, out: Path, args) -> str:
 # ------------------------------------------------------------------------------ tables
 
 
-def scores(run: Path) -> dict[str, float]:
-    """What a run's files say, by column."""
-    found = {"minutes": 0.0}
+def scores(run: Path, command: str) -> dict[str, float]:
+    """What a run's files say, by column. UserError if it is of another command."""
+    found, done = {"minutes": 0.0}, run / "trained"
+    if done.exists() and not (was := done.read_text()).startswith(f"{command} --device "):
+        raise common.UserError(f"{run} is of `{was}`, not of `{command}`; use another --out")
     if (file := run / "frozen.json").exists():
         found |= json.loads(file.read_text())
     if (file := run / "finetune" / "eval.json").exists():
         found["fine-tuned"] = json.loads(file.read_text())["finetune"]["top1"]
-    for folder in (run, run / "tokenizer") if (run / "trained").exists() else ():
+    for folder in (run, run / "tokenizer") if done.exists() else ():
         if not (file := folder / "metrics.jsonl").exists():
             continue
         epochs, last = [json.loads(line) for line in file.read_text().splitlines()], 0
@@ -251,8 +256,8 @@ def cell(values: list[float]) -> str:
         return ""
     digits = 2 if max(values) <= 1 else 1
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    few = f" (n = {len(values)})" if len(values) < 3 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}{few}"
+    number = f" (n = {len(values)})" if len(values) != len(SEEDS) else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}{number}"
 
 
 def paired(found: dict, other: dict, column: str) -> tuple[str, int]:
@@ -273,8 +278,10 @@ def markdown(heads: list[str], rows: list[list[str]]) -> str:
 
 
 def tables(out: Path, seeds: list[int]) -> str:
-    found = {n: {s: x for s in seeds if (x := scores(run_folder(n, s, out)))["minutes"]}
-             for n in ROWS}  # fmt: skip
+    found = {}
+    for name, row in ROWS.items():
+        runs = {seed: scores(run_folder(name, seed, out), row.command) for seed in seeds}
+        found[name] = {seed: x for seed, x in runs.items() if x["minutes"]}
     parts, verdicts = [], []
     for heading, (names, columns) in TABLES.items():
         rows, judged = [], [c for c in columns if c in JUDGED]
@@ -299,8 +306,9 @@ def rates_table(names: list[str], rates: list[str], out: Path, seeds: list[int])
     rows = []
     for name in names:
         column = "top-1" if "supervised" in ROWS[name].command else "linear, mean"
-        found = [[scores(run_folder(name, s, out, r)).get(column) for s in seeds] for r in rates]
-        cells = [cell([x for x in values if x is not None]) for values in found]
+        found = [[scores(run_folder(name, seed, out, rate), ROWS[name].command) for seed in seeds]
+                 for rate in rates]  # fmt: skip
+        cells = [cell([x[column] for x in runs if column in x]) for runs in found]
         rows.append([ROWS[name].label, column, *cells])
     return markdown(["method", "held out", *rates], rows)
 
@@ -324,7 +332,7 @@ def hardware(out: Path) -> str:
     with suppress(OSError, TypeError):
         name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     logs = "".join(log.read_text() for log in out.glob("*/log"))
-    versions = sorted(set(re.findall(r"torch \S+ · git \w+", logs)))
+    versions = sorted(set(re.findall(r"torch \S+ · git \S+", logs)))
     return ", ".join([f"{name}, {os.cpu_count()} cores", *versions])
 
 

@@ -91,8 +91,10 @@ def test_held_out_images_are_training_images(tmp_path, shapes_folder):
     folder = compare.subset(shapes_folder, tmp_path / "all", 3)
     assert {x.resolve() for x in (folder / "val").rglob("*.*")}.isdisjoint(ours)
     other = shutil.copytree(shapes_folder, tmp_path / "other")
-    with pytest.raises(common.UserError, match=r"is not of .*other; use another --out"):
+    with pytest.raises(common.UserError, match=r"has other images than .*other; use another"):
         compare.subset(other, tmp_path / "all", 3)
+    with pytest.raises(common.UserError, match="has other images than"):
+        compare.subset(shapes_folder, tmp_path / "all", 2)  # fewer
     shutil.rmtree(other / "val")
     for data in (other, tmp_path / "nowhere"):
         with pytest.raises(common.UserError, match="no train/ and val/ with the same class"):
@@ -145,7 +147,7 @@ def test_verdicts_follow_from_the_runs_files(tmp_path):
             (folder / "config.json").write_text(json.dumps({"batch_size": 60}))
             line = {"step": 10, "images_per_s": 5.0, "val_top1": 70 - value}
             (folder / "metrics.jsonl").write_text(json.dumps(line))
-            (folder / "trained").touch()
+            (folder / "trained").write_text(f"{compare.ROWS[name].command} --device cpu")
     lines = compare.tables(tmp_path, [0, 1, 2]).splitlines()
     verdicts = [line.strip("| ").split(" | ") for line in lines if "is above" in line]
     verdicts += [line.strip("| ").split(" | ") for line in lines if "are above" in line]
@@ -158,6 +160,9 @@ def test_verdicts_follow_from_the_runs_files(tmp_path):
     row = next(line for line in lines if line.startswith("| + positions: CMAE |"))
     assert "| 54.0 ± 1.0 |" in row and row.endswith("| **+3.0 ± 0.0** |  | 2 |")
     assert len(compare.tables(tmp_path, [0, 1]).splitlines()) < len(lines)  # two seeds: no verdict
+    (tmp_path / "mae-1" / "trained").write_text(compare.ROWS["raw"].command + " --device cpu")
+    with pytest.raises(common.UserError, match=r"mae-1 is of .*--no-norm-pix .*, not of"):
+        compare.tables(tmp_path, [0, 1, 2])
 
 
 def test_every_row_s_command_is_accepted():
@@ -179,3 +184,4 @@ def test_differences_are_paired_by_seed():
     assert compare.paired({0: {"x": 51.0}, 1: {"x": 39.5}}, one, "x") == ("", 0)
     assert compare.cell([0.5, 0.52, 0.54]) == "0.52 ± 0.02"
     assert compare.cell([50.0]) == "50.0 (n = 1)"
+    assert compare.cell([50.0] * 5) == "50.0 ± 0.0 (n = 5)"
