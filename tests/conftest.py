@@ -4,6 +4,7 @@ import functools
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -184,6 +185,7 @@ def in_processes(count: int, function, *arguments) -> list[int]:
 def _call(environment: dict, function, arguments) -> None:
     os.environ.update(environment)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process leaves behind
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # `sh -c "pytest &"` ignores it
     function(*arguments)
     if dist.is_initialized():
         dist.destroy_process_group()
