@@ -81,8 +81,7 @@ ROWS = {
     "no-segment": Row("MixedAE, `--no-segment`", f"{MIXED} --no-segment"),
     "naive": Row("naive mixing", f"{MIXED} --no-segment --no-homologous-attention "
                                  "--no-homologous-loss"),
-    "small-decoder": Row("MAE, one block of decoder",
-                         f"{PERCEPTUAL} --variant mae --decoder-depth 1"),
+    "small-decoder": Row("MAE, small decoder", f"{PERCEPTUAL} --variant mae --decoder-depth 1"),
     "crop": Row("+ ContrastiveCrop", f"{CMAE} --contrastive-weight 0 --position-weight 0"),
     "contrast": Row("+ contrast", f"{CMAE} --position-weight 0"),
     "cmae": Row("+ positions: CMAE", CMAE),
