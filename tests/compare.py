@@ -90,7 +90,7 @@ ROWS = {
     "pixels": Row("+ MIM of pixels", f"{SUPERVISED} --target pixels", "supervised"),
     "tokens": Row("+ MIM of tokens", SUPERVISED, "supervised"),
 }  # fmt: skip
-FINETUNED = ("untrained", "mae", "mae-twice", "msg-ada", "mixed", "cmae")
+FINETUNED = ("untrained", "mae", "mae-twice", "msg-ada", "mixed", "no-segment", "naive", "cmae")
 PRETRAINED = ["linear, cls", "linear, mean", "kNN, cls", "kNN, mean", "fine-tuned"]
 TABLES = {  # heading: rows, columns
     "Perceptual MAE": (["untrained", "mae", "raw", "ls", "msg", "msg-ada"], PRETRAINED),
