@@ -1,10 +1,11 @@
 """MixedAE: an autoencoder that learns from mixed images.
 
 Chen, Liu, Hong, Xu, Li, Yeung. Mixed Autoencoder for Self-supervised Visual Representation
-Learning. CVPR 2023, arXiv 2303.17152. Mixing images instead of hiding patches harms MAE (He et al.,
-CVPR 2022, arXiv 2111.06377): a token of another image says more about the target than none, so the
-task gets easier. MixedAE adds homologous recognition: each patch has to recognise the patches of
-its own image, by attention to few keys and by a contrastive loss. No second view, no other network.
+Learning. CVPR 2023, arXiv 2303.17152. Says the paper: mixing images instead of hiding patches harms
+MAE (He et al., CVPR 2022, arXiv 2111.06377), as a token of another image says more about the target
+than none, so the task gets easier. MixedAE adds homologous recognition: each patch has to recognise
+the patches of its own image, by attention to few keys and by a contrastive loss. No second view, no
+other network.
 
     python mixed_ae.py                                          # built-in images
     python mixed_ae.py --no-homologous-attention --no-homologous-loss --no-segment \\
@@ -34,15 +35,16 @@ In metrics.jsonl: loss is L; recon and homo its terms, homo also where the switc
 topk_accuracy, the share of homologous patches among the K of largest q k' in the last block.
 
 By label or by content? As in BERT, segments are added at the input: the number of its image alone
-tells a patch which others are of it. On 20 000 CIFAR-10 images (the README's runs, three seeds, 64
-patches; 4.14 = log(63) is chance, 2.72 the least) held-out homo is 2.73 on mixtures, 2.73
-on mixtures of unrelated patches, 6.46 with wrong numbers, 4.15 without. So homo and topk_accuracy
-(0.27, 0.39 and 0.90 in the last epoch) prove no recognition of content, which is measured at each
-epoch's end without segments, as at transfer, on 240 images of validation (or else of training),
-always mixed alike. homo_content and topk_content are the same two (chance log(L-1) and r).
-own_image_auc: how well the cosine of encoded tokens tells patches of one's own image from the
-others (chance 0.5; raw pixels 0.63, as patches of an image have like colours): 0.63 in those runs,
-and 0.86 with --no-segment, which leaves content alone to recognise by. cls stands for a whole
+tells a patch which others are of it. In the README's runs on CIFAR-10 (64 patches, three seeds)
+held-out homo is 2.73 on mixtures (2.72 is the least, log(63) = 4.14 if all tokens are alike), also
+2.73 if each patch is of another image, so that only the numbers can tell; 6.46 with numbers drawn
+anew; 4.15 with none. So homo proves no recognition of content. Nor does topk_accuracy, for the same
+reason; and in the last block it is 0.39, 0.90 and 0.27. So three measures are taken at each epoch's
+end without segments, for there are none at transfer, on 240 images of validation (or else of
+training), always mixed alike: homo_content and topk_content, these two without numbers, and
+own_image_auc, how well the cosine of encoded tokens tells patches of one's own image from the
+others (chance 0.5; raw pixels 0.63, as patches of an image have like colours). It is 0.63 in those
+runs, and 0.86 with --no-segment, which leaves content alone to recognise by. cls stands for a whole
 mixture: evaluate mean-pooled tokens, too, eval_linear.py --pool mean.
 
 Provenance

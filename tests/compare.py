@@ -22,11 +22,11 @@ rate, not tuned for them. Fine-tuning is not tuned; from scratch, it has the sam
 Minutes are those of training steps, on one core if --device is cpu: without CMAE's boxes, and
 longer if other processes keep the machine busy. To run a row again, delete its folders.
 
-CLAIMS are the papers', written down before the first run; shorter runs on the same images were
-known. A difference of more than two standard errors is a result, in bold: *confirmed* with the sign
-of the claim, *contradicted* with the other; else it is *not resolved*. Two standard errors of three
-seeds are weak evidence: chance alone makes a result of about one verdict in five; and the choice of
-images is not in them.
+CLAIMS are the papers' (of twice the epochs: ours), written down before the first run; shorter runs
+on the same images were known. A difference of more than two standard errors is a result, in bold:
+*confirmed* with the sign of the claim, *contradicted* with the other; else it is *not resolved*.
+Two standard errors of three seeds are weak evidence: chance alone makes a result of about one
+verdict in five; and the choice of images is not in them.
 """
 
 import argparse
