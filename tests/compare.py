@@ -14,9 +14,9 @@ process a run, --jobs of them at once. Ctrl-C stops all; the same command goes o
 All rows of a table: the same encoder, images, size of crops, epochs (but those of twice the
 epochs), batch, learning rate and evaluation; seeds 0, 1, 2. CMAE's contrast sees two crops of an
 image in a step, one of them in other colours; ContrastiveCrop chooses where they are.
-The rate is the best of 3e-4, 1e-3 and 3e-3 for MAE (--rates: 5 epochs on nine tenths of the
-training images of each class; the last tenth is their val/); the supervised rows have the same
-rate, not tuned for them. Fine-tuning is not tuned; from scratch, it has the same settings.
+The rate is the best of 3e-4, 1e-3 and 3e-3 for MAE, and for MixedAE (--rates: 5 epochs on nine
+tenths of the training images of each class; the last tenth is their val/); the other rows have the
+same rate, not tuned for them. Fine-tuning is not tuned; from scratch, it has the same settings.
 
 ± is the standard deviation over seeds. Differences are paired by seed: mean ± standard error.
 Minutes are those of training steps, on one core if --device is cpu: without CMAE's boxes, and
