@@ -291,14 +291,14 @@ def tables(out: Path, seeds: list[int]) -> str:
             minutes = statistics.mean(x["minutes"] for x in found[name].values())
             rows.append([ROWS[name].label, *map(cell, values), *pairs, f"{minutes:.0f}"])
         heads = ["method", *columns, *(f"paired, {c}" for c in judged), "minutes"]
-        parts.append(f"**{heading}**\n\n{markdown(heads, rows)}")
+        parts += [f"**{heading}**\n\n{markdown(heads, rows)}"] * bool(rows)
         for claim, (above, below) in CLAIMS.items():
             for column in judged if above in names and below in names else ():
                 text, sign = paired(found[above], found[below], column)
                 verdict = {1: "confirmed", 0: "not resolved", -1: "contradicted"}[sign]
                 verdicts += [[claim, column, text, verdict]] if text else []
     heads = ["claim", "column", "row above less row below", "verdict"]
-    return "\n\n".join([*parts, markdown(heads, verdicts)])
+    return "\n\n".join(parts + [markdown(heads, verdicts)] * bool(verdicts))
 
 
 def rates_table(names: list[str], rates: list[str], out: Path, seeds: list[int]) -> str:
