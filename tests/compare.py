@@ -25,6 +25,7 @@ longer if other processes keep the machine busy. To run a row again, delete its 
 CLAIMS are the papers' (of twice the epochs: ours), written down before the first run; shorter runs
 on the same images were known. A difference of more than two standard errors is a result, in bold:
 *confirmed* with the sign of the claim, *contradicted* with the other; else it is *not resolved*.
+Of kNN, nothing was declared: its differences are shown without a verdict.
 Two standard errors of three seeds are weak evidence: chance alone makes a result of about one
 verdict in five; and the choice of images is not in them.
 """
@@ -100,7 +101,8 @@ TABLES = {  # heading: rows, columns
     "Supervised MIM": (["supervised", "twice", "pixels", "tokens"],
                        ["top-1", "kNN, cls", "1-NN, cls", "PSNR", "perplexity"]),
 }  # fmt: skip
-JUDGED = ("linear, mean", "fine-tuned", "top-1")  # columns of which differences are shown
+JUDGED = ("linear, mean", "fine-tuned", "top-1")  # what the claims are about
+PAIRED = (*JUDGED, "kNN, mean")  # columns of which differences are shown
 CLAIMS = {  # the claim: the row that is above, the row below
     "Perceptual MAE is above MAE": ("msg-ada", "mae"),
     "`msg-ada` is above `ls`": ("msg-ada", "ls"),
@@ -283,19 +285,20 @@ def tables(out: Path, seeds: list[int]) -> str:
         found[name] = {seed: x for seed, x in runs.items() if x["minutes"]}
     parts, verdicts = [], []
     for heading, (names, columns) in TABLES.items():
-        rows, judged = [], [c for c in columns if c in JUDGED]
+        rows, shown = [], [c for c in columns if c in PAIRED]
         for name in (x for x in names if found[x]):
             values = [[x[c] for x in found[name].values() if c in x] for c in columns]
             base = found.get(ROWS[name].baseline, {})
-            pairs = [paired(found[name], base, c)[0] for c in judged]
+            pairs = [paired(found[name], base, c)[0] for c in shown]
             minutes = statistics.mean(x["minutes"] for x in found[name].values())
             rows.append([ROWS[name].label, *map(cell, values), *pairs, f"{minutes:.0f}"])
-        heads = ["method", *columns, *(f"paired, {c}" for c in judged), "minutes"]
+        heads = ["method", *columns, *(f"paired, {c}" for c in shown), "minutes"]
         parts += [f"**{heading}**\n\n{markdown(heads, rows)}"] * bool(rows)
         for claim, (above, below) in CLAIMS.items():
-            for column in judged if above in names and below in names else ():
+            for column in shown if above in names and below in names else ():
                 text, sign = paired(found[above], found[below], column)
                 verdict = {1: "confirmed", 0: "not resolved", -1: "contradicted"}[sign]
+                verdict = verdict if column in JUDGED else "not declared"
                 verdicts += [[claim, column, text, verdict]] if text else []
     heads = ["claim", "column", "row above less row below", "verdict"]
     return "\n\n".join(parts + [markdown(heads, verdicts)] * bool(verdicts))

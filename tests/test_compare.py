@@ -143,7 +143,10 @@ def test_verdicts_follow_from_the_runs_files(tmp_path):
         for seed, value in enumerate(values):
             folder = tmp_path / f"{name}-{seed}"
             folder.mkdir()
-            (folder / "frozen.json").write_text(json.dumps({"linear, mean": value}))
+            found = {"linear, mean": value}
+            if name in ("mae", "cmae"):
+                found["kNN, mean"] = 2 * value
+            (folder / "frozen.json").write_text(json.dumps(found))
             (folder / "config.json").write_text(json.dumps({"batch_size": 60}))
             line = {"step": 10, "images_per_s": 5.0, "val_top1": 70 - value}
             (folder / "metrics.jsonl").write_text(json.dumps(line))
@@ -155,10 +158,11 @@ def test_verdicts_follow_from_the_runs_files(tmp_path):
         ["Perceptual MAE is above MAE", "linear, mean", "+0.0 ± 0.6", "not resolved"],
         ["MixedAE is above MAE", "linear, mean", "**-1.0 ± 0.0**", "contradicted"],
         ["CMAE is above MAE", "linear, mean", "**+3.0 ± 0.0**", "confirmed"],
+        ["CMAE is above MAE", "kNN, mean", "**+5.9 ± 0.1**", "not declared"],
         ["tokens are above the supervised baseline", "top-1", "**-7.0 ± 0.6**", "contradicted"],
     ]
     row = next(line for line in lines if line.startswith("| + positions: CMAE |"))
-    assert "| 54.0 ± 1.0 |" in row and row.endswith("| **+3.0 ± 0.0** |  | 2 |")
+    assert "| 54.0 ± 1.0 |" in row and row.endswith("| **+3.0 ± 0.0** | **+5.9 ± 0.1** |  | 2 |")
     assert len(compare.tables(tmp_path, [0, 1]).splitlines()) < len(lines)  # two seeds: no verdict
     assert compare.tables(tmp_path / "none", [0, 1, 2]) == ""  # no table without rows
     (tmp_path / "mae-1" / "trained").write_text(compare.ROWS["raw"].command + " --device cpu")
