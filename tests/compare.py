@@ -93,8 +93,8 @@ ROWS = {
     "pixels": Row("+ MIM of pixels", f"{SUPERVISED} --target pixels", "supervised"),
     "tokens": Row("+ MIM of tokens", SUPERVISED, "supervised"),
 }  # fmt: skip
-FINETUNED = ("untrained", "mae", "mae-twice", "raw", "msg-ada", "mixed", "no-segment", "naive",
-             "cmae")  # fmt: skip
+FINETUNED = ("untrained", "mae", "mae-twice", "raw", "ls", "msg-ada", "mixed", "no-segment",
+             "naive", "cmae")  # fmt: skip
 PRETRAINED = ["linear, cls", "linear, mean", "kNN, cls", "kNN, mean", "fine-tuned"]
 TABLES = {  # heading: rows, columns
     "Perceptual MAE": (["untrained", "mae", "raw", "l1", "ls", "msg", "msg-ada"], PRETRAINED),
