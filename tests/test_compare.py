@@ -2,10 +2,15 @@
 
 import importlib
 import json
+import pathlib
+import re
 import shutil
+import textwrap
 
 import compare
 import pytest
+import torchvision
+from PIL import Image
 
 import common
 import eval_linear
@@ -101,6 +106,24 @@ def test_held_out_images_are_training_images(tmp_path, shapes_folder):
             compare.subset(data, tmp_path / "new", 3)
 
 
+def test_the_folder_that_the_docstring_writes(tmp_path, monkeypatch):
+    class Miniature(list):
+        classes = "cat", "dog"
+
+    def cifar10(root, train, download):
+        colours = range(0, 60, 10) if train else range(100, 140, 10)
+        return Miniature((Image.new("RGB", (4, 4), (c, 0, 0)), c // 10 % 2) for c in colours)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", cifar10)
+    lines = re.search(r"\n\n(    for split .*?)\n\n", compare.__doc__, re.DOTALL)[1]
+    exec(textwrap.dedent(lines), {"torchvision": torchvision, "pathlib": pathlib})
+    folder = compare.subset(tmp_path / "data" / "cifar10", tmp_path / "subset", 2)
+    red = {split: [Image.open(x).getpixel((0, 0))[0] for x in sorted(folder.glob(f"{split}/*/*"))]
+           for split in ("train", "val")}  # fmt: skip
+    assert red == {"train": [0, 20, 10, 30], "val": [100, 120, 110, 130]}
+
+
 def test_what_is_done_is_that_very_command(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(compare, "call", lambda command, log: calls.append(command))
@@ -138,7 +161,8 @@ def test_a_command_that_fails_or_ends_well(tmp_path):
 def test_verdicts_follow_from_the_runs_files(tmp_path):
     """Hand-written files: CMAE is above MAE, MixedAE below, Perceptual MAE neither."""
     linear = {"mae": (50, 51, 52), "cmae": (53, 53.9, 55), "mixed": (49, 50.1, 51),
-              "msg-ada": (49, 52, 52), "supervised": (1, 2, 3), "tokens": (9, 9, 9)}  # fmt: skip
+              "msg-ada": (49, 52, 52), "supervised": (1, 2, 3), "tokens": (9, 9, 9),
+              "naive": (48, 48.9, 50)}  # fmt: skip
     for name, values in linear.items():
         for seed, value in enumerate(values):
             folder = tmp_path / f"{name}-{seed}"
@@ -154,12 +178,14 @@ def test_verdicts_follow_from_the_runs_files(tmp_path):
     lines = compare.tables(tmp_path, [0, 1, 2]).splitlines()
     verdicts = [line.strip("| ").split(" | ") for line in lines if "is above" in line]
     verdicts += [line.strip("| ").split(" | ") for line in lines if "are above" in line]
+    verdicts += [line.strip("| ").split(" | ") for line in lines if "less naive" in line]
     assert verdicts == [
         ["Perceptual MAE is above MAE", "linear, mean", "+0.0 ± 0.6", "not resolved"],
         ["MixedAE is above MAE", "linear, mean", "**-1.0 ± 0.0**", "contradicted"],
         ["CMAE is above MAE", "linear, mean", "**+3.0 ± 0.0**", "confirmed"],
         ["CMAE is above MAE", "kNN, mean", "**+5.9 ± 0.1**", "not declared"],
         ["tokens are above the supervised baseline", "top-1", "**-7.0 ± 0.6**", "contradicted"],
+        ["MixedAE, less naive mixing", "linear, mean", "**+1.1 ± 0.1**", "not declared"],
     ]
     row = next(line for line in lines if line.startswith("| + positions: CMAE |"))
     assert "| 54.0 ± 1.0 |" in row and row.endswith("| **+3.0 ± 0.0** | **+5.9 ± 0.1** |  | 2 |")
