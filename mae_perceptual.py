@@ -48,9 +48,22 @@ d_acc_fake the shares of x and y on the right side of 0 (logistic) or 1/2; g_nor
 players' gradient norms; ada_p is p.
 grad_pix, grad_feat, grad_style and grad_adv, on the last step of an epoch or run, say how hard each
 weighted term pulls at the full-size y: the root mean square over pixels of its gradient, 1 for
-L_pix. Far below 0.1 a term does nothing, above 2 it takes over: change its weight. D should be
-right about 55 to 95 % of the images: below, it teaches nothing (--disc-lr up, --r1-gamma down),
-above, it has won.
+L_pix. Far below 0.1 a term does nothing, above 2 it takes over: change its weight. It is of one
+batch, so look at several epochs. D should be right about 55 to 95 % of the images: below, it
+teaches nothing (--disc-lr up, --r1-gamma down), above, it has won.
+
+What do the parts do? In the README's runs on CIFAR-10 (three seeds), top-1 of mean tokens less that
+of the row above, ± standard error; and, in hidden patches of 2000 test images, the mean difference
+of neighbouring pixels, of the same in the image: inside patches, and across their borders.
+                                                         linear       kNN          inside  border
+    MAE of raw, not normalised, pixels; less MAE         -2.8 ± 0.4   -3.5 ± 0.3   0.37    0.70
+    L_pix alone: L1, and of visible patches, too         +1.4 ± 0.1   -0.3 ± 0.2   0.38    0.90
+    ls: L_feat, L_style and L_adv with it                +0.2 ± 0.1   +0.4 ± 0.2   0.80    1.03
+    msg: another decoder and D, L_pix of four scales     -1.4 ± 0.2   -0.3 ± 0.4   0.52    1.26
+    msg-ada: logistic loss, R1, path length              +0.0 ± 0.2   +0.1 ± 0.1   0.60    1.16
+So the losses sharpen what L_pix blurs, with many scales at the price of visible patch borders; but
+in ten epochs of small images the encoder gains little by it, and L_pix alone is 1.5 ± 0.3 below
+MAE. ADA has no part in it: p stays below 0.002, as D is right on fewer than 80 % of x.
 
 Provenance
     paper            perceptual and style loss in features of D; multi-scale gradients; the use of
@@ -72,7 +85,7 @@ Known deviations
     "demo", "cifar": --normalize-features, features    at weight 40, grad_style rose from 0.007 to
       over the real map's root mean square             0.8 ("ls": from 0.7 to 5) as D learned
     "demo", "cifar": weights of L_style 2, L_adv 0.1,  balanced by grad_* and d_acc_*: in ten epochs
-      R1 0.1; copies of D sooner                       of CIFAR-10 grad_adv ended at 1.3 to 3.6
+      R1 0.1; copies of D sooner                       of CIFAR-10 grad_adv ended at 0.6 to 3.6
     without --lr-decay, D has warm-up and cosine, too  with a constant rate (and R1 0.01) D won in
                                                        the end: grad_adv ended at 5 to 43
     D and the generator step at the same time          one forward pass of each; no micro-batch is
