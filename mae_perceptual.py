@@ -57,7 +57,7 @@ of the row above, ± standard error; and, in hidden patches of 2000 test images,
 of neighbouring pixels, of the same in the image: inside patches, and across their borders.
                                                          linear       kNN          inside  border
     MAE of raw, not normalised, pixels; less MAE         -2.8 ± 0.4   -3.5 ± 0.3   0.37    0.70
-    L_pix alone: L1, and of visible patches, too         +1.4 ± 0.1   -0.3 ± 0.2   0.38    0.90
+    L_pix alone: L1, and of visible patches, too         +1.4 ± 0.1   -0.4 ± 0.2   0.38    0.90
     ls: L_feat, L_style and L_adv with it                +0.2 ± 0.1   +0.4 ± 0.2   0.80    1.03
     msg: another decoder and D, L_pix of four scales     -1.4 ± 0.2   -0.3 ± 0.4   0.52    1.26
     msg-ada: logistic loss, R1, path length              +0.0 ± 0.2   +0.1 ± 0.1   0.60    1.16
