@@ -136,6 +136,7 @@ LATER = {  # differences that were looked at when runs of these rows were known
     "L_pix alone, less MAE of raw pixels": ("l1", "raw"),
     "`ls`, less L_pix alone": ("ls", "l1"),
     "`msg`, less `ls`": ("msg", "ls"),
+    "`msg-ada`, less `msg`": ("msg-ada", "msg"),
     "MixedAE, less naive mixing": ("mixed", "naive"),
     "MixedAE, `--no-segment`, less naive mixing": ("no-segment", "naive"),
 }
