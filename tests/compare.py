@@ -18,8 +18,9 @@ the lines below; the README's runs were on JPEGs of it, so other images' scores 
 
 Rows are trained on the first 2000 images of each class and evaluated on all of val/. FINETUNED rows
 are also fine-tuned on the first 500: on a CPU, that takes longer than to train them. (Of the parts
-of Perceptual MAE, `ls` was chosen for that as its probe is the best.) One thread and one process a
-run, --jobs of them at once. Ctrl-C stops all; the same command goes on.
+of Perceptual MAE, `ls` was chosen for that as its probe is the best; L_pix alone when two runs of
+`ls` were known.) One thread and one process a run, --jobs of them at once. Ctrl-C stops all; the
+same command goes on.
 
 All rows of a table: the same encoder, images, size of crops, epochs (but those of twice the
 epochs), batch, learning rate and evaluation; seeds 0, 1, 2. CMAE's contrast sees two crops of an
@@ -104,7 +105,7 @@ ROWS = {
     "pixels": Row("+ MIM of pixels", f"{SUPERVISED} --target pixels", "supervised"),
     "tokens": Row("+ MIM of tokens", SUPERVISED, "supervised"),
 }  # fmt: skip
-FINETUNED = ("untrained", "mae", "mae-twice", "raw", "ls", "msg-ada", "mixed", "no-segment",
+FINETUNED = ("untrained", "mae", "mae-twice", "raw", "l1", "ls", "msg-ada", "mixed", "no-segment",
              "naive", "cmae")  # fmt: skip
 PRETRAINED = ["linear, cls", "linear, mean", "kNN, cls", "kNN, mean", "fine-tuned"]
 TABLES = {  # heading: rows, columns
