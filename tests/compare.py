@@ -60,6 +60,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import eval_linear
+import mae_perceptual
 
 ROOT, SEEDS, POOLS = Path(__file__).resolve().parent.parent, (0, 1, 2), ("cls", "mean")
 ENCODER = "--preset cifar --patch-size 4 --depth 4 --batch-size 64 --warmup-epochs 1"
@@ -109,7 +110,8 @@ FINETUNED = ("untrained", "mae", "mae-twice", "raw", "l1", "ls", "msg-ada", "mix
              "naive", "cmae")  # fmt: skip
 PRETRAINED = ["linear, cls", "linear, mean", "kNN, cls", "kNN, mean", "fine-tuned"]
 TABLES = {  # heading: rows, columns
-    "Perceptual MAE": (["untrained", "mae", "raw", "l1", "ls", "msg", "msg-ada"], PRETRAINED),
+    "Perceptual MAE": (["untrained", "mae", "raw", "l1", "ls", "msg", "msg-ada"],
+                       [*PRETRAINED, "within", "borders"]),
     "MixedAE": (["mae", "mixed", "no-segment", "naive"], [*PRETRAINED, "own_image_auc"]),
     "CMAE": (["mae", "mae-twice", "small-decoder", "crop", "contrast", "cmae"],
              [*PRETRAINED, "box_area", "shuffled"]),
@@ -165,11 +167,38 @@ def subset(data: Path, folder: Path, count: int, held_out: bool = False) -> Path
     return folder
 
 
+def sharpness(run: common.Run, folder: Path, settings: dict, images: common.Images) -> dict:
+    """How sharp hidden patches are painted: the mean difference of neighbouring pixels, as a share
+    of that in the image itself, within patches and across their borders. Images (not normalised
+    patches) must be what the run predicts."""
+    model = mae_perceptual.build(mae_perceptual.Config(**settings)).to(run.device)
+    model.load_state_dict(common.read_checkpoint(folder / "checkpoint.pt")["model"])
+    size, patch = settings["img_size"], settings["patch_size"]
+    borders = torch.arange(1, size, device=run.device) % patch == 0
+
+    def sums(imgs: torch.Tensor) -> torch.Tensor:  # (B, 4)
+        painted, mask = model(imgs)
+        hidden = mask.unflatten(1, model.encoder.grid)
+        hidden = hidden.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
+        parts = []
+        for x in map(common.denormalize, (model.images(painted)[0], imgs)):
+            directions = (x, hidden), (x.mT, hidden.mT)  # across, down
+            total = sum((y.diff().abs().mean(1) * (h[..., 1:] & h[..., :-1])).sum(1)
+                        for y, h in directions)  # fmt: skip
+            parts += [total[:, ~borders].sum(1), total[:, borders].sum(1)]
+        return torch.stack(parts, dim=1)
+
+    torch.manual_seed(0)  # of the masks
+    painted, true = common.outputs(run, model, sums, images, size)[0].sum(0).view(2, 2)
+    return dict(zip(("within", "borders"), (painted / true).tolist(), strict=True))
+
+
 def frozen(folder: Path, data: Path, device: str) -> None:
     """Write what `eval_linear.py FOLDER` has to say in its modes linear and knn, of cls and mean,
-    to FOLDER/frozen.json. The encoder is called once for all four."""
-    seed = json.loads((folder / "config.json").read_text())["seed"]
-    cfg = eval_linear.Config(encoder=str(folder), device=device, workers=0, seed=seed)
+    to FOLDER/frozen.json. The encoder is called once for all four. And `sharpness`, if the run
+    predicts images, not normalised patches."""
+    settings = json.loads((folder / "config.json").read_text())
+    cfg = eval_linear.Config(encoder=str(folder), device=device, workers=0, seed=settings["seed"])
     run = common.Run(cfg)
     encoder = common.load_encoder(folder / "encoder.pt").to(run.device)
     size, found = encoder.settings["img_size"], {}
@@ -187,6 +216,8 @@ def frozen(folder: Path, data: Path, device: str) -> None:
         scores = eval_linear.evaluate_knn(*features, classes)
         found |= {f"kNN, {pool}": scores["top1"], f"1-NN, {pool}": scores["retrieval_1nn"]}
         found[f"linear, {pool}"] = eval_linear.evaluate_cached(run, *features, classes)["top1"]
+    if "variant" in settings and not (settings["variant"] == "mae" and settings["norm_pix"]):
+        found |= sharpness(run, folder, settings, val)
     common.write_atomically(folder / "frozen.json", lambda f: f.write(json.dumps(found).encode()))
 
 

@@ -1,6 +1,8 @@
 """The plan of the experiment, in miniature and in this process."""
 
+import collections
 import importlib
+import itertools
 import json
 import pathlib
 import re
@@ -9,11 +11,13 @@ import textwrap
 
 import compare
 import pytest
+import torch
 import torchvision
 from PIL import Image
 
 import common
 import eval_linear
+import mae_perceptual
 
 
 @pytest.fixture
@@ -70,6 +74,36 @@ def test_features_of_one_pass_have_the_scores_of_eval_linear(called, tmp_path, s
             entry = json.loads((folder / "eval.json").read_text())[mode]
             assert entry["top1"] == found[f"{key}, {pool}"]
             assert entry.get("retrieval_1nn", 0) == found[f"1-NN, {pool}"] * (mode == "knn")
+
+
+def test_sharpness_by_loops(called, tmp_path, shapes_folder, capsys):
+    run(tmp_path, shapes_folder, "--quick", "--seeds", "0", "--rows", "raw", "mae")
+    header = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("| method"))
+    assert "| within | borders |" in header
+    folder = tmp_path / "quick" / "raw-0"
+    assert "within" not in json.loads((tmp_path / "quick" / "mae-0" / "frozen.json").read_text())
+    model = mae_perceptual.build(mae_perceptual.Config(**json.loads(
+        (folder / "config.json").read_text())))  # fmt: skip
+    model.load_state_dict(torch.load(folder / "checkpoint.pt")["model"])
+    images = common.load_images(str(shapes_folder), "val", 16)
+    torch.manual_seed(0)
+    ((imgs, _),) = common.eval_batches(images, 16, torch.device("cpu"))
+    with torch.no_grad():
+        patches, mask = model(imgs)
+    painted = common.denormalize(common.unpatchify(patches, 4, (4, 4)))
+    true, total = common.denormalize(imgs), collections.Counter()
+    for n, row, column in itertools.product(range(len(imgs)), range(16), range(16)):
+        for below, right in ((row + 1, column), (row, column + 1)):
+            places = (row // 4, column // 4), (below // 4, right // 4)
+            if max(below, right) > 15 or not all(mask[n, r * 4 + c] for r, c in places):
+                continue
+            part = "within" if places[0] == places[1] else "borders"
+            for name, x in (("painted", painted), ("true", true)):
+                change = x[n, :, row, column] - x[n, :, below, right]
+                total[part, name] += change.abs().mean().item()
+    found = json.loads((folder / "frozen.json").read_text())
+    for part in ("within", "borders"):
+        assert found[part] == pytest.approx(total[part, "painted"] / total[part, "true"], rel=1e-4)
 
 
 def test_rates_are_compared_on_held_out_images(called, tmp_path, shapes_folder, capsys):
