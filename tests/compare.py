@@ -308,7 +308,7 @@ def cell(values: list[float]) -> str:
     """Mean and standard deviation."""
     if not values:
         return ""
-    digits = 2 if max(values) <= 1 else 1
+    digits = 2 if max(values) < 2 else 1
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     number = f" (n = {len(values)})" if len(values) != len(SEEDS) else ""
     return f"{statistics.mean(values):.{digits}f}{spread}{number}"
@@ -336,9 +336,9 @@ def tables(out: Path, seeds: list[int]) -> str:
     for name, row in ROWS.items():
         runs = {seed: scores(run_folder(name, seed, out), row.command) for seed in seeds}
         found[name] = {seed: x for seed, x in runs.items() if x["minutes"]}
-    parts, verdicts = [], []
+    parts, words = [], {1: " *confirmed*", 0: " *not resolved*", -1: " *contradicted*"}
     for heading, (names, columns) in TABLES.items():
-        rows, shown = [], [c for c in columns if c in PAIRED]
+        rows, shown, verdicts = [], [c for c in columns if c in PAIRED], []
         for name in (x for x in names if found[x]):
             values = [[x[c] for x in found[name].values() if c in x] for c in columns]
             base = found.get(ROWS[name].baseline, {})
@@ -348,14 +348,14 @@ def tables(out: Path, seeds: list[int]) -> str:
         heads = ["method", *columns, *(f"paired, {c}" for c in shown), "minutes"]
         parts += [f"**{heading}**\n\n{markdown(heads, rows)}"] * bool(rows)
         for claim, (above, below) in (CLAIMS | LATER).items():
+            cells = []
             for column in shown if above in names and below in names else ():
                 text, sign = paired(found[above], found[below], column)
-                verdict = {1: "confirmed", 0: "not resolved", -1: "contradicted"}[sign]
-                if claim in LATER or column not in JUDGED:
-                    verdict = "not declared"
-                verdicts += [[claim, column, text, verdict]] if text else []
-    heads = ["claim", "column", "row above less row below", "verdict"]
-    return "\n\n".join(parts + [markdown(heads, verdicts)] * bool(verdicts))
+                declared = text and claim in CLAIMS and column in JUDGED
+                cells.append(text + (words[sign] if declared else ""))
+            verdicts += [[claim, *cells]] * any(cells)
+        parts += [markdown(["claim, or pair", *shown], verdicts)] * bool(verdicts)
+    return "\n\n".join(parts)
 
 
 def rates_table(names: list[str], rates: list[str], out: Path, seeds: list[int]) -> str:
