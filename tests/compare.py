@@ -1,4 +1,4 @@
-"""Every method beside its baseline: trains, evaluates, prints the README's tables.
+"""Every method beside its baseline: trains, evaluates, prints the README's numbers.
 
     python tests/compare.py --data data/cifar10 --jobs 2           # runs or resumes all; hours
     python tests/compare.py --data data/cifar10 --rows mae cmae    # some rows
@@ -34,11 +34,13 @@ Minutes are those of training steps at the median speed of the epochs, and the m
 on one core if --device is cpu, without CMAE's boxes. To run a row again, delete its folders.
 
 CLAIMS are the papers' (of twice the epochs: ours), written down before the first run; shorter runs
-on the same images were known. A difference of more than two standard errors is a result, in bold:
-*confirmed* with the sign of the claim, *contradicted* with the other; else it is *not resolved*.
-Of kNN and of LATER's pairs nothing was declared: they have no verdict. Two standard errors of three
-seeds are weak evidence: chance alone makes a result of about one verdict in five; all rows share
-the baseline's runs; and the choice of images is not in them.
+on the same images were known. They are about mean-pooled features, as MixedAE's cls is of four
+images; in a classifier, about its top-1. A difference of more than two standard errors is a result,
+in bold: *confirmed* with the sign of the claim, *contradicted* with the other; else it is *not
+resolved*. Of kNN, of the probe of cls and of LATER's pairs nothing was declared: no verdict.
+Two standard errors of three seeds are weak evidence: where nothing differs, about one cell in five
+is bold all the same (5 % would take 4.3); an error of 0.0 is chance; all rows share the baseline's
+runs; other images would differ more.
 """
 
 import argparse
@@ -119,7 +121,7 @@ TABLES = {  # heading: rows, columns
                        ["top-1", "kNN, cls", "1-NN, cls", "PSNR", "perplexity"]),
 }  # fmt: skip
 JUDGED = ("linear, mean", "fine-tuned", "top-1")  # what the claims are about
-PAIRED = (*JUDGED, "kNN, mean")  # columns of which differences are shown
+PAIRED = (*JUDGED, "linear, cls", "kNN, mean")  # columns of which differences are shown
 CLAIMS = {  # the claim: the row that is above, the row below
     "Perceptual MAE is above MAE": ("msg-ada", "mae"),
     "`msg-ada` is above `ls`": ("msg-ada", "ls"),
@@ -136,6 +138,8 @@ CLAIMS = {  # the claim: the row that is above, the row below
     "and above pixels": ("tokens", "pixels"),
 }
 LATER = {  # differences that were looked at when runs of these rows were known
+    "`ls`, less MAE of raw pixels": ("ls", "raw"),
+    "`msg-ada`, less MAE of raw pixels": ("msg-ada", "raw"),
     "L_pix alone, less MAE of raw pixels": ("l1", "raw"),
     "`ls`, less L_pix alone": ("ls", "l1"),
     "`msg`, less `ls`": ("msg", "ls"),
@@ -168,9 +172,9 @@ def subset(data: Path, folder: Path, count: int, held_out: bool = False) -> Path
 
 
 def sharpness(run: common.Run, folder: Path, settings: dict, images: common.Images) -> dict:
-    """How sharp hidden patches are painted: the mean difference of neighbouring pixels, as a share
-    of that in the image itself, within patches and across their borders. Images (not normalised
-    patches) must be what the run predicts."""
+    """How sharp hidden patches are painted: the mean difference of neighbouring hidden pixels, as a
+    share of that in the image itself, within patches and across their borders. The run must predict
+    images (not normalised patches); they are clipped to 0..1."""
     model = mae_perceptual.build(mae_perceptual.Config(**settings)).to(run.device)
     model.load_state_dict(common.read_checkpoint(folder / "checkpoint.pt")["model"])
     size, patch = settings["img_size"], settings["patch_size"]
@@ -283,14 +287,15 @@ def finetune(name: str, seed: int, out: Path, args) -> str:
 
 def scores(run: Path, command: str) -> dict[str, float]:
     """What a run's files say, by column. UserError if it is of another command."""
-    found, done = {"minutes": 0.0}, run / "trained"
-    if done.exists() and not (was := done.read_text()).startswith(f"{command} --device "):
-        raise common.UserError(f"{run} is of `{was}`, not of `{command}`; use another --out")
+    found, trained, tuned = {"minutes": 0.0}, run / "trained", run / "tuned"
+    for done, of in ((trained, command), (tuned, f"eval_linear.py --mode finetune {TUNING}")):
+        if done.exists() and not (was := done.read_text()).startswith(f"{of} --device "):
+            raise common.UserError(f"{done} is of `{was}`, not of `{of}`; use another --out")
     if (file := run / "frozen.json").exists():
         found |= json.loads(file.read_text())
     if (file := run / "finetune" / "eval.json").exists():
         found["fine-tuned"] = json.loads(file.read_text())["finetune"]["top1"]
-    for folder in (run, run / "tokenizer") if done.exists() else ():
+    for folder in (run, run / "tokenizer") if trained.exists() else ():
         if not (file := folder / "metrics.jsonl").exists():
             continue
         epochs = [json.loads(line) for line in file.read_text().splitlines()]

@@ -212,19 +212,23 @@ def test_verdicts_follow_from_the_runs_files(tmp_path):
     lines = compare.tables(tmp_path, [0, 1, 2]).splitlines()
     verdicts = [line for line in lines if "above" in line or "less naive" in line]
     assert verdicts == [
-        "| Perceptual MAE is above MAE | +0.0 ± 0.6 *not resolved* |  |  |",
-        "| MixedAE is above MAE | **-1.0 ± 0.0** *contradicted* |  |  |",
-        "| MixedAE, less naive mixing | **+1.1 ± 0.1** |  |  |",  # not declared
-        "| CMAE is above MAE | **+3.0 ± 0.0** *confirmed* | **+5.9 ± 0.1** |  |",
+        "| Perceptual MAE is above MAE |  | +0.0 ± 0.6 *not resolved* |  |  |",
+        "| MixedAE is above MAE |  | **-1.0 ± 0.0** *contradicted* |  |  |",
+        "| MixedAE, less naive mixing |  | **+1.1 ± 0.1** |  |  |",  # not declared
+        "| CMAE is above MAE |  | **+3.0 ± 0.0** *confirmed* | **+5.9 ± 0.1** |  |",
         "| tokens are above the supervised baseline | **-7.0 ± 0.6** *contradicted* |",
     ]
     row = next(line for line in lines if line.startswith("| + positions: CMAE |"))
-    assert "| 54.0 ± 1.0 |" in row and row.endswith("| **+3.0 ± 0.0** | **+5.9 ± 0.1** |  | 2 |")
+    assert "| 54.0 ± 1.0 |" in row and row.endswith("|  | **+3.0 ± 0.0** | **+5.9 ± 0.1** |  | 2 |")
     assert "is above" not in compare.tables(tmp_path, [0, 1])  # two seeds: no verdict
     assert compare.tables(tmp_path / "none", [0, 1, 2]) == ""  # no table without rows
-    (tmp_path / "mae-1" / "trained").write_text(compare.ROWS["raw"].command + " --device cpu")
-    with pytest.raises(common.UserError, match=r"mae-1 is of .*--no-norm-pix .*, not of"):
-        compare.tables(tmp_path, [0, 1, 2])
+    for file, command, found in (
+        ("mae-2/tuned", "eval_linear.py --mode finetune --epochs 3", "--epochs 3"),
+        ("mae-1/trained", compare.ROWS["raw"].command, "--no-norm-pix"),
+    ):
+        (tmp_path / file).write_text(f"{command} --device cpu")
+        with pytest.raises(common.UserError, match=rf"{file} is of .*{found} .*, not of"):
+            compare.tables(tmp_path, [0, 1, 2])
 
 
 def test_every_row_s_command_is_accepted():
