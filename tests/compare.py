@@ -33,11 +33,11 @@ same rate, not tuned for them. Fine-tuning is not tuned; from scratch, it has th
 Minutes are those of training steps at the median speed of the epochs, and the median of the seeds:
 on one core if --device is cpu, without CMAE's boxes. To run a row again, delete its folders.
 
-CLAIMS are the papers' (of twice the epochs: ours), written down before the first run; shorter runs
-on the same images were known. They are about mean-pooled features, as MixedAE's cls is of four
-images; in a classifier, about its top-1. A difference of more than two standard errors is a result,
-in bold: *confirmed* with the sign of the claim, *contradicted* with the other; else it is *not
-resolved*. Of kNN, of the probe of cls and of LATER's pairs nothing was declared: no verdict.
+CLAIMS are the papers' (of twice the epochs and of pixels: ours), written down before the first run;
+shorter runs on the same images were known. They are about mean-pooled features, as MixedAE's cls is
+of four images; in a classifier, about its top-1. A difference of more than two standard errors is a
+result, in bold: *confirmed* with the sign of the claim, *contradicted* with the other; else it is
+*not resolved*. Of kNN, of the probe of cls and of LATER's pairs nothing was declared: no verdict.
 Two standard errors of three seeds are weak evidence: where nothing differs, about one cell in five
 is bold all the same (5 % would take 4.3); an error of 0.0 is chance; all rows share the baseline's
 runs; other images would differ more.
