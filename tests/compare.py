@@ -27,7 +27,8 @@ epochs), batch, learning rate and evaluation; seeds 0, 1, 2. CMAE's contrast see
 image in a step, one of them in other colours; ContrastiveCrop chooses where they are.
 The rate is the best of 3e-4, 1e-3 and 3e-3 for MAE, and for MixedAE (--rates: 5 epochs on nine
 tenths of the training images of each class; the last tenth is their val/); the other rows have the
-same rate, not tuned for them. Fine-tuning is not tuned; from scratch, it has the same settings.
+same rate, not tuned for them: the supervised baseline is better at 3e-4. Fine-tuning is not tuned;
+from scratch, it has the same settings.
 
 ± is the standard deviation over seeds. Differences are paired by seed: mean ± standard error.
 Minutes are those of training steps at the median speed of the epochs, and the median of the seeds:
