@@ -65,8 +65,8 @@ So L_feat, L_style and L_adv sharpen what L_pix blurs, and help a little, fine-t
 msg costs more than that (msg-ada, fine-tuned, less ls: -1.9 ± 0.0). Less MAE of raw pixels, linear
 and fine-tuned: ls +1.6 ± 0.1 and +2.6 ± 0.4, msg-ada +0.2 ± 0.2 and +0.7 ± 0.5. But normalised
 patches, as MAE has them, are better than all of these in ten epochs of small images. ADA had no
-part in it: p was at most 0.001, as D is right on fewer than 80 % of x. grad_adv of msg-ada rose
-above 2 for two of three seeds.
+part in it: p was at most 0.001 at an epoch's end, as D is right on fewer than 80 % of x. grad_adv
+of msg-ada rose above 2 for two of three seeds.
 
 Provenance
     paper            perceptual and style loss in features of D; multi-scale gradients; the use of
