@@ -155,7 +155,10 @@ def subset(data: Path, folder: Path, count: int, held_out: bool = False) -> Path
     tenth of these are val/ instead. UserError if there are other links, or no classes."""
     names = sorted(x.name for x in (data / "train").glob("*") if x.is_dir())
     if not names or not all((data / "val" / name).is_dir() for name in names):
-        raise common.UserError(f"--data {data}: no train/ and val/ with the same class folders")
+        raise common.UserError(
+            f"--data {data}: no train/ and val/ with the same class folders; "
+            "--help says how to write them for CIFAR-10"
+        )
     for name in names:
         train, val = sorted((data / "train" / name).iterdir())[:count], data / "val" / name
         keep = len(train) - held_out * max(1, len(train) // 10)
