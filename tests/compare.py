@@ -115,9 +115,9 @@ ROWS = {
     "pixels": Row("+ MIM of pixels", f"{SUPERVISED} --target pixels", "supervised"),
     "tokens": Row("+ MIM of tokens", SUPERVISED, "supervised"),
     "own": Row("supervised, `--lr 3e-4`", f"{SUPERVISED} --mim-weight 0 --lr 3e-4", None),
-    "own-twice": Row("twice the epochs", f"{SUPERVISED} --mim-weight 0 --epochs 10 --lr 3e-4",
-                     "own"),
-    "own-tokens": Row("+ MIM of tokens", f"{SUPERVISED} --lr 3e-4", "own"),
+    "own-twice": Row("twice the epochs, `--lr 3e-4`",
+                     f"{SUPERVISED} --mim-weight 0 --epochs 10 --lr 3e-4", "own"),
+    "own-tokens": Row("+ MIM of tokens, `--lr 3e-4`", f"{SUPERVISED} --lr 3e-4", "own"),
 }  # fmt: skip
 FINETUNED = ("untrained", "mae", "mae-twice", "raw", "l1", "ls", "msg-ada", "half", "mixed",
              "no-segment", "naive", "cmae")  # fmt: skip
