@@ -51,8 +51,8 @@ Provenance
     boxes_from_heatmaps, schedule of boxes, crops       Peng et al. 2022
     architecture, masking, loss, initialisation         MAE's paper and code
     heat                                                our choice: theirs, a sum over channels, is
-                                                        constant after a LayerNorm; what cls attends
-                                                        to is often the background
+                                                        constant after a LayerNorm without affine;
+                                                        what cls attends to is often background
     positions asked where they are withheld             our choice: SDMAE's --position-input given
                                                         has the answer in its input
     cross-entropy with weight 0.1 (mse: 1); flips of    our choice
@@ -468,7 +468,8 @@ def main(cfg: Config) -> None:
     model = build(cfg).to(run.device)
     contrast = cfg.contrastive_weight > 0
     if contrast and cfg.batch_size // cfg.accumulate < 2:
-        raise common.UserError("contrast takes 2 images in a micro-batch: a larger --batch-size")
+        raise common.UserError("contrast takes 2 images in a micro-batch: a larger --batch-size, "
+                               "or less --accumulate")  # fmt: skip
     if cfg.init_from and not run.resumes:
         if "momentum_encoder" in common.init_from(cfg.init_from, model):
             model.momentum_encoder.load_state_dict(model.encoder.state_dict())

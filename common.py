@@ -1,6 +1,7 @@
 """What masked image modelling methods share: ViT, masking, data, the plumbing of a training run.
 
-This file knows no paper. Copy it together with one script (mae_perceptual.py, ...) into a project.
+This file knows MAE and none of the methods beyond it. Copy it together with one script
+(mae_perceptual.py, ...) into a project.
 
     Part 1, what a training step needs     ViT, Decoder, random_masking, masked_mse
                                            TrainLoader: which images, which crops of them
@@ -654,8 +655,12 @@ class TrainConfig:
         check_numbers(self, 1, "epochs", "steps", "batch_size", "accumulate")
         check_numbers(self, 0, "workers", "seed", "weight_decay", "warmup_epochs", "save_minutes")
         check_numbers(self, 1e-30, "base_lr", "lr", "clip_grad")
-        if self.out and self.data and Path(self.out).resolve() == Path(self.data).resolve():
-            raise UserError(f"--out {self.out} is the data; choose a folder of its own")
+        if self.out and self.data not in (None, "shapes", *DOWNLOADED):
+            root, out = Path(self.data).resolve(), Path(self.out).resolve()
+            read = [root / "train", root / "val"] if (root / "train").is_dir() else [root]
+            if out == root or any(out.is_relative_to(folder) for folder in read):
+                raise UserError(f"--out {self.out} is where the images of --data {self.data} are; "
+                                "choose a folder of its own")  # fmt: skip
         if not 0 < self.min_crop <= 1:
             raise UserError(f"--min-crop must be above 0 and at most 1, not {self.min_crop}")
 
@@ -729,10 +734,11 @@ def parse(config_class: type, presets: dict[str, dict], argv: list[str] | None =
             parser.add_argument(field.name, help=text)
             continue
         defaults = {name: preset.get(field.name, field.default) for name, preset in presets.items()}
-        if len(set(defaults.values())) > 1:
+        different = set(defaults.values()) or {field.default}
+        if len(different) > 1:
             text += f" [{', '.join(f'{name} {value}' for name, value in defaults.items())}]"
-        elif field.default is not None:
-            text += f" [{field.default}]"
+        elif different != {None}:
+            text += f" [{different.pop()}]"
         kind = hints[field.name]
         if type(None) in typing.get_args(kind):
             kind, _ = typing.get_args(kind)  # of X | None
@@ -744,6 +750,8 @@ def parse(config_class: type, presets: dict[str, dict], argv: list[str] | None =
         parser.add_argument(f"--{field.name.replace('_', '-')}", help=text, **options)
     values = vars(parser.parse_args(argv))
     preset = values.pop("preset", next(iter(presets), None))
+    if "base_lr" in values:  # overrides a preset's lr, as --lr does its base_lr
+        values = {"lr": None} | values
     cfg = config_class(**presets.get(preset, {}) | values)
     if preset and not cfg.out:
         cfg.out = f"runs/{script}-{preset}"
@@ -788,6 +796,7 @@ def entry_point(main):
 
 # ------------------------------------------------------------------------------ data sets
 
+DOWNLOADED = ("cifar10", "cifar100", "stl10")  # torchvision's
 RESIDENT_BYTES = 4 << 30  # each process keeps equally sized images up to this total on its device
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 BICUBIC = v2.InterpolationMode.BICUBIC
@@ -880,7 +889,7 @@ def load_images(name: str, split: str, size: int, data_dir="data", device="cpu")
         count, seed = (4000, 1) if split == "val" else (20000, 0)
         pixels, labels = draw_shapes(count, size, seed)
         return Images(labels, list(SHAPES), pixels.to(device))
-    if name in ("cifar10", "cifar100", "stl10"):
+    if name in DOWNLOADED:
         return torchvision_images(name, split, data_dir, device)
     return folder_images(name, split, device)
 
@@ -1229,7 +1238,7 @@ def init_from(path, model: nn.Module) -> set[str]:
     weights, missing = load_weights(path)[0], set()
     for name, module in model.named_children():
         if found := weights_of(name, weights):
-            load_strictly(module, found, path)
+            load_strictly(module, found, f"{path}: its {name}")
         else:
             missing.add(name)
     if missing:
@@ -1392,7 +1401,8 @@ def announce(run: Run) -> None:
         f"  folder  {run.folder}" + (f", resumed after step {run.step}" if run.step else "")
     )
     if run.step >= run.last_step and run.ended == run.step:
-        run.print(f"nothing left to do: step {run.step} is done; --restart starts over")
+        more = "--restart starts over" if run.step == run.total else "without --steps it goes on"
+        run.print(f"nothing left to do: step {run.step} is done; {more}")
     if getattr(cfg, "knn_every", 0) and run.val is None:
         run.print("  no kNN: that takes labels, class folders in train/ and val/")
 
@@ -1472,7 +1482,7 @@ def not_finite(run: Run, means: dict[str, float]) -> UserError:
 def finish(run: Run) -> None:
     """Say what was left out, what came out, and what to do next."""
     say_unreadable(run.loader.images, run.val)
-    run.print(f"pictures, logs and encoder.pt are in {run.folder}")
+    run.print(f"encoder.pt, logs and pictures, if any, are in {run.folder}")
     if run.val is not None:
         run.print(f"next: python eval_linear.py {run.folder} --baseline")
 

@@ -6,8 +6,9 @@
     torchrun --nproc-per-node 8 eval_linear.py runs/mae_perceptual-imagenet --data imagenet
 
 Takes a run folder, an encoder.pt, or a flat timm or published MAE file (with --data). Image size
-and data set are the encoder's. Writes eval.json beside the encoder, one entry per mode, and ends
-with one line such as `linear top-1 61.3 (untrained 38.2)`.
+and data set are the encoder's. Ends with one line such as `linear top-1 61.3 (untrained 38.2)`,
+and writes eval.json beside the encoder. Its entries are linear, linear-protocol, knn and finetune,
+with -cls or -mean added if that is not the mode's own --pool.
 
 linear     MAE's protocol: a linear layer after a BatchNorm without affine, on the frozen cls token;
            LARS, base lr 0.1 x batch / 256, no weight decay, batch 16384, 90 epochs (50 for L and
@@ -48,7 +49,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 import common
-from common import UserError, accuracy, knn_scores  # noqa: F401, also looked for here
+from common import UserError, accuracy, knn_scores  # noqa: F401, knn_scores is offered here, too
 
 
 @dataclass(kw_only=True)
@@ -56,8 +57,8 @@ class Config(common.TrainConfig):
     encoder: str  # run folder, encoder.pt, or a flat timm or published MAE file
     mode: Literal["linear", "knn", "finetune"] = "linear"  # see above
     baseline: bool = False  # also evaluate an untrained encoder of the same shape
-    pool: Literal["cls", "mean"] | None = None  # cls token or mean of patches [cls]
-    cache_features: bool | None = None  # linear: features only once [if they fit in memory]
+    pool: Literal["cls", "mean"] | None = None  # cls token or mean of patches [cls; finetune mean]
+    cache_features: bool | None = None  # linear: features only once [if in memory or few]
     data: str | None = None  # as in pre-training, with labels [the encoder's]
     data_dir: str | None = None  # where downloaded sets live [the encoder's]
     min_crop: float = 0.08  # smallest area of a random crop, as a share of the image
@@ -85,6 +86,8 @@ class Config(common.TrainConfig):
                 raise UserError(f"--{name.replace('_', '-')} must be at most 1")
         if not Path(self.encoder).exists():
             raise UserError(f"{self.encoder}: no such run folder or file")
+        if not (file := Path(self.encoder, "encoder.pt")).exists() and file.parent.is_dir():
+            raise UserError(f"{file}: no such file; it is written when an epoch ends")
 
 
 def recipe(mode: str, width: int) -> dict:
@@ -338,7 +341,7 @@ def main(cfg: Config) -> None:
         for split in ("train", "val")
     )
     if val is None or not train.classes or not val.classes:
-        raise UserError(f"--data {data} has no labels: they need class folders in train/ and val/")
+        raise UserError(f"--data {data} lacks labels: class folders in train/ and val/")
 
     cached = cfg.mode == "linear" and (
         train.pixels is not None or len(train) < 16384
@@ -389,7 +392,9 @@ def main(cfg: Config) -> None:
         results["untrained"] = measure("-untrained")
         line += f" (untrained {results['untrained']['top1']:.1f})"
     common.say_unreadable(train, val)
-    entries[cfg.mode] = results | {"encoder": str(path), "settings": settings}
+    key = cfg.mode + "-protocol" * (trains and cfg.mode == "linear")
+    key += f"-{settings['pool']}" * (settings["pool"] != defaults["pool"])
+    entries[key] = results | {"encoder": str(path), "settings": settings}
     if int(os.environ.get("RANK", 0)) == 0:
         common.write_atomically(file, lambda f: f.write(json.dumps(entries, indent=2).encode()))
         print(f"details in {file}\n{line}")

@@ -1,4 +1,4 @@
-"""Perceptual MAE, and plain MAE, the baseline of every method here (`--variant mae`).
+"""Perceptual MAE; and plain MAE, the baseline of all self-supervised methods (`--variant mae`).
 
 Tukra, Hoffman, Chatfield. Improving Visual Representation Learning through Perceptual
 Understanding. CVPR 2023, arXiv 2212.14504. It adds to MAE (He et al., CVPR 2022, arXiv 2111.06377):

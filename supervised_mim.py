@@ -23,7 +23,7 @@ The first takes 3.0 minutes on two cores of an AMD EPYC; top-1 of seeds 0, 1, 2 
 The tokenizer. Without --tokenizer FILE one is trained first, for --tokenizer-epochs, in the folder
 tokenizer/ of the run, to its end whatever --steps says. An unfinished one is trained on, a finished
 one taken as it is. --train-tokenizer does only that, and with --restart begins anew. A run's
-checkpoint keeps the tokenizer that the run began with; to resume, FILE is not needed any more.
+checkpoint keeps the tokenizer that the run began with: FILE may go, but to resume, name it still.
 
 Equation -> code. x: image, cropped, flipped; x': RandAugment of x, mixed up with another image.
     z       = encoder of the tokenizer (x), one vector per patch               VQTokenizer.features
@@ -429,7 +429,9 @@ def train_tokenizer(run: common.Run, train: common.Images, val: common.Images | 
         results = measure_tokenizer(run, tokenizer, val or train)
         run.end_epoch(picture=lambda: decoded(tokenizer, examples), **results)
     content = {"tokenizer": tokenizer.state_dict()}
-    if run.rank == 0 and run.step == run.total:
+    if run.step < run.total:
+        run.print("the tokenizer is not finished: without --steps its training goes on")
+    elif run.rank == 0:
         common.write_atomically(file, lambda f: torch.save(content, f))
         run.print(f"the tokenizer is in {file}")
     return tokenizer
@@ -454,13 +456,13 @@ def training_images(cfg: Config, device) -> tuple[common.Images, common.Images |
         for split in ("train", "val")
     )
     if not cfg.train_tokenizer and (val is None or not train.classes or not val.classes):
-        mistake = f"--data {cfg.data} has no labels, which this method needs"
+        mistake = f"--data {cfg.data} lacks labels, which this method needs"
         raise common.UserError(f"{mistake}: class folders in train/ and val/")
     return train, val
 
 
 class Augment:
-    """A random crop after RandAugment and, if `clean` asks for this second view, before."""
+    """A random crop, changed by RandAugment; if `clean`, also as it was, as a second view."""
 
     def __init__(self, crop: common.RandomCrop, magnitude: int, clean: bool):
         self.crop, self.clean, fill = crop, clean, [round(255 * x) for x in common.MEAN]
@@ -552,7 +554,8 @@ def main(cfg: Config) -> None:
     augment = Augment(crop, cfg.randaug, clean=cfg.mim_weight > 0) if cfg.randaug else crop
     loader = common.TrainLoader(train, cfg, run, augment, single=cfg.randaug > 0)
     if cfg.mixup and loader.micro_batch < 2:
-        raise common.UserError("mixup takes 2 images in a micro-batch: a larger --batch-size")
+        raise common.UserError("mixup takes 2 images in a micro-batch: a larger --batch-size, "
+                               "or less --accumulate")  # fmt: skip
     mixup = v2.MixUp(alpha=cfg.mixup, num_classes=len(train.classes)) if cfg.mixup else None
     state = dict(model=model, optimizer=optimizer)
     if cfg.takes_tokens:  # trained last, as it takes long: mistakes in flags have come out by now

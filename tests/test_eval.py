@@ -179,7 +179,8 @@ def evaluate(file, mode: str, *flags) -> dict:
     arguments = [str(file), *MODES[mode], "--workers", "0", "--device", "cpu"]
     eval_linear.main(common.parse(eval_linear.Config, {}, [*arguments, *flags]))
     folder = file if file.is_dir() else file.parent
-    return json.loads((folder / "eval.json").read_text())[MODES[mode][1]]
+    key = "linear-protocol" if mode == "linear" else MODES[mode][1]
+    return json.loads((folder / "eval.json").read_text())[key]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -304,11 +305,14 @@ def test_two_processes_evaluate_as_one(encoder_file):
     assert one == two
 
 
-def test_eval_json_keeps_other_modes(encoder_file):
-    evaluate(encoder_file, "cached")
-    evaluate(encoder_file, "knn")
+def test_eval_json_keeps_other_evaluations(encoder_file):
+    first = evaluate(encoder_file, "cached")
+    evaluate(encoder_file, "cached", "--pool", "mean")
+    evaluate(encoder_file, "linear", "--epochs", "1")
+    evaluate(encoder_file, "knn", "--pool", "cls")
     entries = json.loads((encoder_file.parent / "eval.json").read_text())
-    assert entries.keys() == {"linear", "knn"}
+    assert entries.keys() == {"linear", "linear-mean", "linear-protocol", "knn"}
+    assert entries["linear"] == first
     assert {"k10", "k20", "k100", "k200", "retrieval_1nn"} <= entries["knn"].keys()
 
 

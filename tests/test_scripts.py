@@ -479,7 +479,8 @@ MISTAKES = {
         (["--epochs", "three"], "invalid int value: 'three'"),
         (["--epochs", "0"], "--epochs must be at least 1"),
         (["--lr", "-1"], "--lr must be above 0"),
-        (["--data", "data", "--out", "data"], "--out data is the data"),
+        (["--data", "data", "--out", "data"], "--out data is where the images of --data data are"),
+        (["--data", ".", "--out", "run"], "--out run is where the images of --data . are"),
         (["--accumulate", "3"], "--batch-size 32 is not divisible by 1 processes x --accumulate 3"),
         (["--batch-size", "30000"], "--batch-size 30000 is more than the 20000 images"),
         (["--init-from", "absent.pt"], "absent.pt: no such file"),
@@ -600,7 +601,7 @@ def test_without_labels_there_is_no_knn_but_a_run(tmp_path, capsys):
     assert "no kNN: that takes labels" in capsys.readouterr().out
     assert (tmp_path / "run" / "recon_0001.png").exists()
     error = mistake(capsys, eval_linear, tmp_path / "run")
-    assert "has no labels: they need class folders in train/ and val/" in error
+    assert "lacks labels: class folders in train/ and val/" in error
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, shapes_folder, capsys, monkeypatch):
@@ -699,3 +700,37 @@ def test_help_has_every_flag_with_advice(capsys):
                  "workers", "seed", "init-from", "variant"):  # fmt: skip
         assert f"--{flag}" in text, flag
     assert "share of hidden patches" in text
+    with pytest.raises(SystemExit):
+        common.parse(supervised_mim.Config, supervised_mim.PRESETS, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "overrides --base-lr [0.001]" in text  # of all presets, though not of the dataclass
+
+
+def test_a_rate_that_is_given_overrides_any_of_the_preset():
+    for flags, rates in (
+        ([], (1.5e-4, 1e-3)), (["--base-lr", "0.05"], (0.05, None)),
+        (["--lr", "0.2"], (1.5e-4, 0.2)), (["--lr", "0.2", "--base-lr", "0.05"], (0.05, 0.2)),
+    ):  # fmt: skip
+        cfg = common.parse(supervised_mim.Config, supervised_mim.PRESETS, flags)
+        assert (cfg.base_lr, cfg.lr) == rates
+
+
+def test_what_is_still_to_do(tmp_path, shapes_folder, capsys):
+    (tmp_path / "begun").mkdir()
+    assert "it is written when an epoch ends" in mistake(capsys, eval_linear, tmp_path / "begun")
+    for flags, advice in ((["--steps", "1"], "without --steps it goes on"),
+                          ([], "--restart starts over")):  # fmt: skip
+        for repeats in (False, True):
+            train("mae", tmp_path / "run", shapes_folder, "--epochs", "1", *flags)
+            text = capsys.readouterr().out
+            assert ("nothing left to do" in text) == (advice in text) == repeats
+
+
+def test_a_run_may_be_in_the_folder_of_the_data_but_not_among_its_images(tmp_path, capsys):
+    write_images(tmp_path / "flat", 16, 16, seed=0, labelled=False)
+    for split in ("train", "val"):
+        write_images(tmp_path / "sets" / split, 16, 16, seed=0)
+    for data, out in (("flat", "flat/run"), ("sets", "sets/train/run"), ("sets", "sets/val")):
+        flags = ["--data", str(tmp_path / data), "--out", str(tmp_path / out)]
+        assert "choose a folder of its own" in mistake(capsys, mae_perceptual, *flags)
+    train("mae", tmp_path / "sets" / "run", tmp_path / "sets", "--steps", "1")

@@ -752,7 +752,7 @@ def test_labels_are_needed_but_not_by_the_tokenizer(tmp_path, capsys):
     write_images(tmp_path / "half" / "train", 32, 16, seed=0)
     write_images(tmp_path / "loose" / "train", 32, 16, seed=0)
     write_images(tmp_path / "loose" / "val", 8, 16, seed=0, labelled=False)
-    none, stray = "has no labels, which this method needs", "0000.png is in none of the 10 class"
+    none, stray = "lacks labels, which this method needs", "0000.png is in none of the 10 class"
     for data, reason in (("flat", none), ("half", none), ("loose", stray)):
         flags = [*FLAGS, "--data", tmp_path / data, "--out", tmp_path / "run"]
         assert reason in mistake(capsys, supervised_mim, *flags)
