@@ -684,6 +684,7 @@ def test_every_command_that_we_show_is_accepted(file, tmp_path, monkeypatch):
                 (tmp_path / word).touch()
             elif word.startswith("runs/"):
                 (tmp_path / word).mkdir(parents=True, exist_ok=True)
+                (tmp_path / word / "encoder.pt").touch()
         cfg = common.parse(script.Config, getattr(script, "PRESETS", {}), command[at + 1 :])
         if hasattr(script, "build"):
             with torch.device("meta"):  # shapes, no memory
