@@ -141,12 +141,13 @@ PRESETS = {
 
 
 def gather_with_gradient(x: Tensor) -> Tensor:
-    """The rows of all processes, of which each has as many; gradients return to their process."""
+    """x (n, ...) of every process, n being the same in all -> (processes * n, ...). Gradients go
+    back to the process that a row came from."""
     if not dist.is_initialized():
         return x
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.detach().contiguous())
-    # All compute the same loss, and their gradients will be averaged: as many times the own part's.
+    parts = list(common.gather(x))
+    # All processes compute the same loss, and DDP averages their gradients. So the gradient of this
+    # process's own part is scaled by the number of processes; its value stays.
     parts[dist.get_rank()] = x + (len(parts) - 1) * (x - x.detach())
     return torch.cat(parts)
 
@@ -307,54 +308,67 @@ def boxes_from_heatmaps(heatmaps: Tensor, size: tuple[int, int], threshold=0.1) 
 
 
 def sample_contrastive_crop(height: int, width: int, box: Tensor, scale=(0.2, 1.0),
-                            ratio=(3 / 4, 4 / 3), alpha: float = 0.6) -> Tensor:  # fmt: skip
-    """Crops top, left, h, w in pixels, of the shape of `box` (4,) or (B, 4), shares of the image.
-    Sizes as in RandomResizedCrop; the middle lies in the box, at Beta(alpha, alpha) of its height
-    and, independently, of its width, as far as the crop then stays within the image."""
-    boxes = box.reshape(-1, 4)
-    h, w, fits = common.crop_sizes(len(boxes), height, width, scale, ratio)
-    corners = []
-    for axis, (side, length) in enumerate(((height, h), (width, w))):
-        room = side - length
-        limits = (side * boxes[:, axis::2]).long() - (length // 2)[:, None]
-        low, high = limits.clamp(min=0).minimum(room[:, None]).T
-        share = torch.distributions.Beta(alpha, alpha).sample((len(boxes),))
-        corners.append(torch.where(fits, low + ((high - low) * share).long(), room // 2))
-    return torch.stack([*corners, h, w], dim=1).view(box.shape)
+                            ratio=(3 / 4, 4 / 3), alpha: float = 0.6) -> tuple:  # fmt: skip
+    """A crop (top, left, h, w) in pixels, of the size of a RandomResizedCrop. `box` (4,) holds
+    shares of the image. The middle of the crop lies in the box, at a Beta(alpha, alpha) share of
+    its height and, independently, of its width, as far as the crop then stays within the image."""
+    _, _, h, w = v2.RandomResizedCrop.get_params(torch.empty(1, height, width), scale, ratio)
+    h_min, w_min, h_max, w_max = box.tolist()
+    beta = torch.distributions.Beta(alpha, alpha, validate_args=False)
+    down, right = beta.sample((2,)).tolist()
+    top = place(height, h, h_min, h_max, down)
+    left = place(width, w, w_min, w_max, right)
+    return top, left, h, w
+
+
+def place(side: int, length: int, low: float, high: float, share: float) -> int:
+    """Where a crop of `length` pixels starts: at `share` of the way between the two places that put
+    its middle on the box's edges, `low` and `high`, shares of the image's `side`."""
+    room = side - length
+    first = min(max(int(side * low) - length // 2, 0), room)
+    last = min(max(int(side * high) - length // 2, 0), room)
+    return first + int((last - first) * share)
 
 
 class ContrastiveCrop(nn.Module):
-    """Makes `views` crops of each image of a training set, flipped or not, by the image's box;
-    random resized crops before the first `update`. The boxes (N, 4) are in shared memory, where
-    workers of a loader see the update."""
+    """The augmentation of a training set: one view of an image or, with `contrast`, a second one
+    whose colours change. A view is a crop by the image's box, flipped or not; before the first
+    `update` it is a random resized crop."""
 
-    def __init__(self, count: int, size: int, min_crop: float, alpha: float, views: int):
+    def __init__(self, count: int, size: int, min_crop: float, alpha: float, contrast: bool):
         super().__init__()
-        self.size, self.scale, self.alpha, self.views = size, (min_crop, 1.0), alpha, views
+        self.size, self.scale, self.alpha, self.contrast = size, (min_crop, 1.0), alpha, contrast
+        self.random_crop = common.RandomCrop(size, min_crop)
+        self.flip = v2.RandomHorizontalFlip()
+        jitter = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8)
+        self.change_colours = v2.Compose([jitter, v2.RandomGrayscale(0.2)])
         self.register_buffer("boxes", torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(count, 1))
         self.register_buffer("known", torch.zeros((), dtype=torch.bool))
         self.register_buffer("areas", torch.ones(2))  # of the boxes, and of shuffled maps' boxes
-        self.share_memory()
 
-    def forward(self, imgs: Tensor, index: Tensor) -> tuple[Tensor, ...]:
-        """imgs (b, 3, H, W), those of numbers index (b,) -> views, each (b, 3, size, size)."""
-        shape, views = imgs.shape[2:], []
-        for _ in range(self.views):
-            if self.known:
-                boxes = self.boxes[index]
-                crops = sample_contrastive_crop(*shape, boxes, self.scale, alpha=self.alpha)
-            else:
-                crops = common.sample_crops(len(index), *shape, self.scale)
-            flip = torch.rand(len(index)) < 0.5
-            views.append(common.crop_resize(imgs, crops, self.size, flip))
-        return tuple(views)
+    def forward(self, image: Tensor, label, index: int) -> tuple:
+        """See common.Views; -> view 1, view 2 if there is one, label."""
+        view1 = self.crop(image, index)
+        if not self.contrast:
+            return view1, label
+        return view1, self.change_colours(self.crop(image, index)), label
 
-    def whole(self, imgs: Tensor, index: Tensor) -> tuple[Tensor, ...]:
-        """A view without crop."""
+    def crop(self, image: Tensor, index: int) -> Tensor:
+        """One crop (3, size, size) of an image (3, H, W), flipped or not."""
+        if not self.known:
+            view, _ = self.random_crop(image, None, index)
+            return view
+        _, height, width = image.shape
+        box = self.boxes[index]
+        crop = sample_contrastive_crop(height, width, box, self.scale, alpha=self.alpha)
         size = [self.size, self.size]
-        return (v2.functional.resize(imgs, size, interpolation=common.BICUBIC),)
+        return self.flip(v2.functional.resized_crop(image, *crop, size, common.BICUBIC))
 
-    def update(self, run: common.Run, encoder: common.ViT, images: common.Images) -> None:
+    def whole(self, image: Tensor, label, index: int) -> tuple:
+        """The whole image (3, size, size), for `update`."""
+        return v2.functional.resize(image, [self.size, self.size], common.BICUBIC), label
+
+    def update(self, run: common.Run, encoder: common.ViT, images) -> None:
         """New boxes from the encoder's tokens of whole images, and a picture of some. Their mean
         area, and that of boxes of the same maps with their cells permuted."""
         size = (self.size, self.size)
@@ -365,12 +379,12 @@ class ContrastiveCrop(nn.Module):
             shuffled = heat.flatten(1)[:, order].view_as(heat)
             return torch.stack([boxes_from_heatmaps(x, size) for x in (heat, shuffled)], dim=1)
 
-        found, _ = common.outputs(run, encoder, find, images, self.size, view=self.whole)
+        found, _ = common.outputs(run, encoder, find, images, self.whole)
         self.boxes.copy_(found[:, 0])
         self.known.fill_(True)
         self.areas.copy_((found[:, :, 2:] - found[:, :, :2]).prod(dim=2).mean(dim=0))
         if run.rank == 0:
-            imgs = common.example_images(images, self.size, run.device, view=self.whole)
+            imgs = common.example_images(images, self.whole, run.device)
             boxes = self.boxes[common.evenly_spaced(images, len(imgs))]
             path = run.folder / f"boxes_{run.epoch:04d}.png"
             common.save_grid(path, draw_boxes(encoder, imgs, boxes))
@@ -387,58 +401,6 @@ def draw_boxes(encoder: common.ViT, imgs: Tensor, boxes: Tensor) -> dict[str, Te
     heat = 255 * stretched(saliency(encoder, imgs), (height, width))[:, None].expand_as(imgs)
     rows = {"input and box": outlined, "unlike the mean of the image": heat}
     return {label: common.normalize(row) for label, row in rows.items()}
-
-
-# ------------------------------------------------------------------------------ colours of view 2
-
-
-def grey(imgs: Tensor) -> Tensor:
-    """(B, 3, H, W) -> (B, 1, H, W), the luma of ITU-R BT.601."""
-    red, green, blue = imgs.split(1, dim=1)
-    return 0.2989 * red + 0.587 * green + 0.114 * blue
-
-
-def turn_hue(imgs: Tensor, turns: Tensor) -> Tensor:
-    """imgs (B, 3, H, W) in 0..1, whose hues move by turns (B, 1, 1, 1) of the circle.
-
-    In HSV, red, green and blue are V - C max(0, min(k, 4 - k, 1)), where V is the largest of them,
-    C = V less the smallest, and k = n + 6 hue (mod 6), n = 5, 3, 1."""
-    (red, green, blue), value = imgs.split(1, dim=1), imgs.amax(dim=1, keepdim=True)
-    chroma = value - imgs.amin(dim=1, keepdim=True)
-    sixth = torch.where(value == green, 2 * chroma + blue - red, 4 * chroma + red - green)
-    sixth = torch.where(value == red, green - blue, sixth) / chroma.clamp(min=1e-9) + 6 * turns
-    distance = (torch.cat([sixth + n for n in (5, 3, 1)], dim=1) % 6 - 2).abs()
-    return value - chroma * (2 - distance).clamp(0, 1)
-
-
-def jitter(imgs: Tensor, brightness, contrast, saturation, hue, order: list[int]) -> Tensor:
-    """imgs (B, 3, H, W) in 0..1 -> torchvision's ColorJitter of them, each image by its own factors
-    (B, 1, 1, 1); `order`: of brightness, contrast, saturation and hue, as 0 to 3."""
-    for change in order:
-        if change == 0:
-            imgs = imgs * brightness
-        elif change == 1:
-            imgs = torch.lerp(grey(imgs).mean(dim=(2, 3), keepdim=True), imgs, contrast)
-        elif change == 2:
-            imgs = torch.lerp(grey(imgs), imgs, saturation)
-        else:
-            imgs = turn_hue(imgs, hue)
-        imgs = imgs.clamp(0, 1)
-    return imgs
-
-
-def change_colours(imgs: Tensor) -> Tensor:
-    """Normalised images (B, 3, H, W), each changed in its own way: ColorJitter(0.4, 0.4, 0.2, 0.1),
-    of all images in the same order, with probability 0.8, then grey with probability 0.2."""
-
-    def uniform(low: float, high: float) -> Tensor:
-        return torch.empty(len(imgs), 1, 1, 1, device=imgs.device).uniform_(low, high)
-
-    x = common.denormalize(imgs)
-    factors = uniform(0.6, 1.4), uniform(0.6, 1.4), uniform(0.8, 1.2), uniform(-0.1, 0.1)
-    changed = jitter(x, *factors, order=torch.randperm(4).tolist())
-    x = torch.where(uniform(0, 1) < 0.8, changed, x)
-    return common.normalize(255 * torch.where(uniform(0, 1) < 0.2, grey(x), x))
 
 
 # ------------------------------------------------------------------------------ training
@@ -463,7 +425,8 @@ def build(cfg: Config) -> CMAE:
 
 
 @common.entry_point
-def main(cfg: Config) -> None:
+def main(cfg: Config, data=None) -> None:
+    """`data`: (training images, validation images or None), torch Datasets; None loads cfg.data."""
     run = common.Run(cfg)
     model = build(cfg).to(run.device)
     contrast = cfg.contrastive_weight > 0
@@ -475,10 +438,10 @@ def main(cfg: Config) -> None:
             model.momentum_encoder.load_state_dict(model.encoder.state_dict())
     optimizer = common.adamw(model, cfg.weight_decay)
 
-    train, val = common.pretraining_images(cfg, run.device)
-    crops = ContrastiveCrop(len(train), cfg.img_size, cfg.min_crop, cfg.crop_alpha, 1 + contrast)
-    loader = common.TrainLoader(train, cfg, run, crops)
-    examples = common.example_images(val or train, cfg.img_size, run.device)
+    train, val = data or common.load_pair(cfg)
+    crops = ContrastiveCrop(len(train), cfg.img_size, cfg.min_crop, cfg.crop_alpha, contrast)
+    loader = common.TrainLoader(run, train, crops)
+    examples = common.example_images(val or train, common.CentreCrop(cfg.img_size), run.device)
     run.start(loader, val, model=model, optimizer=optimizer, crops=crops)
     ddp = run.wrap(model)
     fifth = max(1, round(0.2 * cfg.epochs))
@@ -492,14 +455,12 @@ def main(cfg: Config) -> None:
                 model.momentum_step(momentum_at(run.step, run.total, cfg.momentum))
             for view1, *view2, _ in micro_batches:
                 with run.autocast():
-                    view2 = [change_colours(x) for x in view2]
                     loss, stats = ddp(view1, *view2)
                 run.backward(loss)
                 run.log(loss=loss, **stats)
             run.update(optimizer)
         areas = dict(zip(("box_area", "box_area_shuffled"), crops.areas.tolist(), strict=True))
         run.end_epoch(model.encoder, picture=lambda: reconstruct(model, examples), **areas)
-    common.finish(run)
 
 
 if __name__ == "__main__":

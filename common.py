@@ -1,27 +1,34 @@
-"""What masked image modelling methods share: ViT, masking, data, the plumbing of a training run.
+"""What masked image modelling methods share: ViT, masking, data loading, the training loop.
 
-This file knows MAE and none of the methods beyond it. Copy it together with one script
-(mae_perceptual.py, ...) into a project.
+This file knows MAE and no method beyond it. Copy it together with one script (mae_perceptual.py,
+...) into a project of your own.
 
     Part 1, what a training step needs     ViT, Decoder, random_masking, masked_mse
-                                           TrainLoader: which images, which crops of them
-                                           Run: seeds, autocast, accumulation, processes, logs
-    Part 2, what is around it              settings and flags · data sets · weights and checkpoints
-                                           kNN, validation, pictures
+                                           TrainLoader: which images, which views of them
+                                           Run: steps, autocast, accumulation, logs, epochs
+    Part 2, what is around it              settings and flags · data sets · weights · processes
+                                           the run's folder and signals · kNN · pictures
 
-Conventions. Images are (B, C, H, W). Tokens are (B, 1+n, D), the cls token first. `visible` (B, n)
-holds the indices of the kept patches; `mask` (B, L) is True where a patch is hidden. Patches run
-row by row over the h x w grid. Pixels are in 0..255 until `normalize`, the one place that turns
-them into network input, with ImageNet's mean and std.
+Conventions. Images are (B, C, H, W). Tokens are (B, 1+n, D), the class token first. `visible`
+(B, n) holds the indices of the visible patches; `mask` (B, L) is True where a patch is hidden.
+Patches are numbered row by row over the h x w grid. Pixels are uint8 until `normalize`, the one
+place that makes network input, with ImageNet's mean and std.
+
+Data sets are torch's: images[i] is (image, label), a PIL image or a uint8 tensor (C, H, W) and an
+int. A data set with labels has the names of its classes in `.classes`. Augmentations are
+torchvision's; they run on one image at a time, in the loader's worker processes.
 """
 
 import argparse
+import atexit
 import dataclasses
+import datetime
 import functools
+import hashlib
 import inspect
-import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -32,9 +39,8 @@ import typing
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
-from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Literal
 
@@ -45,12 +51,14 @@ import torchvision
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: `entry_point` shows it as one line and exits with code 2."""
+    """Raised for invalid settings, files or data; `entry_point` prints it as one line."""
 
 
 # ------------------------------------------------------------------------------ ViT and masking
@@ -98,17 +106,24 @@ def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int], channels
     return x.reshape(-1, channels, h * p, w * p)
 
 
-def random_masking(batch: int, num_patches: int, mask_ratio: float, device=None, generator=None):
-    """Keep a uniformly random int(L * (1 - mask_ratio)) of the L patches of each image.
-
-    Returns visible (B, keep) int64, in random order, and mask (B, L) bool, True = hidden.
-    UserError if that would keep no patch or hide none."""
-    keep = int(num_patches * (1 - mask_ratio)) if 0 < mask_ratio < 1 else 0
-    if not 0 < keep < num_patches:
+def num_visible(num_patches: int, mask_ratio: float) -> int:
+    """How many of L patches stay visible: int(L * (1 - mask_ratio)), as in MAE. UserError if that
+    is none of them or all."""
+    visible = int(num_patches * (1 - mask_ratio)) if 0 < mask_ratio < 1 else 0
+    if not 0 < visible < num_patches:
         raise UserError(
             f"--mask-ratio {mask_ratio}: some of the {num_patches} patches must stay visible and "
             "some be hidden"
         )
+    return visible
+
+
+def random_masking(batch: int, num_patches: int, mask_ratio: float, device=None, generator=None):
+    """Keeps a uniformly random subset of the L patches of each image.
+
+    Returns visible (B, keep) int64, in random order, and mask (B, L) bool, True = hidden, with
+    keep = `num_visible`."""
+    keep = num_visible(num_patches, mask_ratio)
     noise = torch.rand(batch, num_patches, device=device, generator=generator)
     visible = noise.argsort(dim=1)[:, :keep]
     mask = torch.ones(batch, num_patches, dtype=torch.bool, device=device)
@@ -286,112 +301,127 @@ class Decoder(nn.Module):
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for every data set
 STATISTICS = torch.tensor((MEAN, STD)).view(2, 3, 1, 1)
+BICUBIC = v2.InterpolationMode.BICUBIC
 
 
 def normalize(imgs: Tensor) -> Tensor:
     """(B, 3, H, W) in 0..255, uint8 or float -> network input, float32."""
-    # Small copies are non_blocking: safe, as CUDA takes pageable values at once; and no step waits.
+    # The copy does not wait for the GPU; CUDA reads such small values before the call returns.
     mean, std = 255 * STATISTICS.to(imgs.device, non_blocking=True)
     return (imgs - mean) / std
 
 
 def random_seed(*keys: int | str) -> int:
-    """One well-mixed seed from several keys, such as ("crop", seed, step)."""
-    numbers = [zlib.crc32(key.encode()) if isinstance(key, str) else key for key in keys]
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
+    """A well-mixed 64-bit seed from several keys, such as ("order", seed, epoch)."""
+    digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
 
 
 def seeded(*keys: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(random_seed(*keys))
 
 
-@dataclass
 class RandomCrop:
-    """RandomResizedCrop and flip, as in MAE: the only augmentation, unless a method has its own."""
+    """RandomResizedCrop and horizontal flip, the augmentation of MAE. `min_crop` is the smallest
+    area of a crop, as a share of the image."""
 
-    size: int
-    min_crop: float  # smallest area, as a share of the image
+    def __init__(self, size: int, min_crop: float):
+        self.size = [size, size]
+        self.crop = v2.RandomResizedCrop(size, scale=(min_crop, 1.0))
 
-    def __call__(self, imgs: Tensor, index: Tensor) -> tuple[Tensor, ...]:
-        boxes = sample_crops(len(imgs), *imgs.shape[2:], (self.min_crop, 1.0))
-        return (crop_resize(imgs, boxes, self.size, flip=torch.rand(len(imgs)) < 0.5),)
+    def __call__(self, image: Tensor, label, index: int) -> tuple:
+        # Calling self.crop(image) and v2.RandomHorizontalFlip() gives the same, but dispatches over
+        # types of input, which takes longer than cropping a small image.
+        box = self.crop.make_params([image])
+        image = v2.functional.resized_crop_image(image, *box.values(), self.size, BICUBIC)
+        if torch.rand(()) < 0.5:
+            image = v2.functional.horizontal_flip_image(image)
+        return image, label
 
 
-class Batches(torch.utils.data.Dataset):
-    """Makes the batches of a set: for a key (epoch, number, index), the views of these images, then
-    their labels.
+class CentreCrop:
+    """The test crop: the shorter side is resized to size * 256/224, bicubic, and the central
+    size x size pixels are taken. An image of exactly that size stays whole."""
 
-    augment(imgs (b, 3, H, W) uint8, index (b,)) -> a tuple of views (b, 3, size, size) in 0..255.
-    Images in memory go through it all at once, on their device; files, and images in memory if
-    `single`, one by one on the CPU, where crops stay uint8. Its random numbers have to come from
-    torch's default generator of the CPU, which is seeded for it."""
+    def __init__(self, size: int):
+        self.size = size
 
-    def __init__(self, images: "Images", augment, seed: int = 0, single: bool = False):
-        self.images, self.augment, self.seed = images, augment, seed
-        self.single = single or images.pixels is None
+    def __call__(self, image: Tensor, label, index: int) -> tuple:
+        if image.shape[1:] != (self.size, self.size):
+            image = v2.functional.resize(image, [self.size * 256 // 224], BICUBIC)
+            image = v2.functional.center_crop(image, [self.size])
+        return image, label
 
-    def __getitem__(self, key: tuple[int, int, list[int]]) -> tuple[Tensor, ...]:
-        epoch, number, index = key
-        if not self.single:
-            torch.default_generator.manual_seed(random_seed("batch", self.seed, epoch, number))
-            index = torch.tensor(index)
-            pixels = self.images.pixels
-            imgs = pixels[index.to(pixels.device, non_blocking=True)]
-            return *self.augment(imgs, index), self.images.labels[index]
-        rows, labels = [], []
-        for i in index:
-            torch.default_generator.manual_seed(random_seed("image", self.seed, epoch, i))
-            image, label = self.images.read(i)
-            rows.append(self.augment(image[None], torch.tensor([i])))
-            labels.append(label)
-        return *map(torch.cat, zip(*rows, strict=True)), torch.tensor(labels)
+
+class Views(Dataset):
+    """The views that `augment` makes of each image, uint8 tensors (3, H, W), and then its label.
+
+    augment(image, label, index) -> (*views, label): `image` is a uint8 tensor (3, H, W), `index`
+    its number in the data set. torch's default generator, which torchvision's transforms use, is
+    seeded for each image from (seed, epoch, index): a view does not depend on who makes it."""
+
+    def __init__(self, images: Dataset, augment, seed: int = 0, epoch: int = 0):
+        self.images, self.augment, self.seed, self.epoch = images, augment, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple:
+        torch.default_generator.manual_seed(random_seed("image", self.seed, self.epoch, index))
+        image, label = self.images[index]
+        return self.augment(rgb_tensor(image), label, index)
 
 
 class TrainLoader:
-    """Shuffled epochs, as micro-batches of normalised images (b, 3, size, size), one tensor for
-    each view that `augment` makes (see Batches), and labels (b,). Batches of files, and of images
-    in memory if `single`, are made by loader processes: then `augment` has to be picklable.
+    """Shuffled epochs of micro-batches: normalised views (b, 3, size, size), one tensor for each
+    view that `augment` makes (see Views), and labels (b,).
 
-    A global batch is cut into processes x accumulate micro-batches, and each is the same whoever
-    computes it: two processes see what one with --accumulate 2 sees. The incomplete last batch of
-    an epoch is left out."""
+    A global batch is cut into processes x accumulate micro-batches. Each of them is the same
+    whoever computes it: two processes see what one process with --accumulate 2 sees. The last
+    batch of an epoch is left out if it is incomplete."""
 
-    def __init__(self, images: "Images", cfg: "TrainConfig", run: "Run", augment, single=False):
-        # Not the run, which has this loader: in a circle its processes would end late.
-        self.images, self.cfg, self.augment = images, cfg, augment
-        self.rank, self.world, self.device = run.rank, run.world, run.device
-        parts = run.world * cfg.accumulate
-        self.steps, self.micro_batch = len(images) // cfg.batch_size, cfg.batch_size // parts
-        if cfg.batch_size % parts:
+    def __init__(self, run: "Run", images: Dataset, augment):
+        self.run, self.images, self.augment = run, images, augment
+        batch_size, parts = run.cfg.batch_size, run.world * run.cfg.accumulate
+        self.steps = len(images) // batch_size  # an epoch
+        self.micro_batch = batch_size // parts
+        if batch_size % parts:
             raise UserError(
-                f"--batch-size {cfg.batch_size} is not divisible by {run.world} processes x "
-                f"--accumulate {cfg.accumulate}"
+                f"--batch-size {batch_size} is not divisible by {run.world} processes x "
+                f"--accumulate {run.cfg.accumulate}"
             )
         if self.steps == 0:
-            raise UserError(
-                f"--batch-size {cfg.batch_size} is more than the {len(images)} images of {cfg.data}"
-            )
-        self.keys = []  # the DataLoader's sampler is this very list, which each epoch fills anew
-        self.loader = data_loader(Batches(images, augment, cfg.seed, single), self.keys, run.device,
-                                  cfg.workers, persistent=True)  # fmt: skip
+            raise UserError(f"--batch-size {batch_size} is more than the {len(images)} images")
 
     def batches(self, step: int) -> Iterator[tuple[Tensor, ...]]:
         """This process's micro-batches from global step `step` to the end of its epoch."""
+        cfg, device = self.run.cfg, self.run.device
         epoch, first = divmod(step, self.steps)
-        order = torch.randperm(len(self.images), generator=seeded("order", self.cfg.seed, epoch))
-        shape = self.steps, self.world, self.cfg.accumulate  # axes of an epoch's micro-batches
-        order = order[: self.steps * self.cfg.batch_size].view(*shape, self.micro_batch)
-        number = torch.arange(math.prod(shape)).view(shape)
-        mine = (x[first:, self.rank].flatten(0, 1).tolist() for x in (number, order))
-        self.keys[:] = [(epoch, j, index) for j, index in zip(*mine, strict=True)]
-        return normalized(self.loader, self.device)
+        order = torch.randperm(len(self.images), generator=seeded("order", cfg.seed, epoch))
+        order = order[: self.steps * cfg.batch_size]
+        order = order.view(self.steps, self.run.world, cfg.accumulate, self.micro_batch)
+        mine = order[first:, self.run.rank].flatten(0, 1)  # (micro-batches, images of each)
+        views = Views(self.images, self.augment, cfg.seed, epoch)
+        for *imgs, labels in data_loader(self.run, views, mine.tolist()):
+            imgs = [normalize(x.to(device, non_blocking=True)) for x in imgs]
+            yield *imgs, labels.to(device, non_blocking=True)
 
 
-def normalized(batches, device) -> Iterator[tuple[Tensor, ...]]:
-    """Views in 0..255 and labels -> network input on the device, and labels."""
-    for batch in batches:
-        *views, labels = (x.to(device, non_blocking=True) for x in batch)
-        yield *map(normalize, views), labels
+def data_loader(run: "Run", views: Views, batches: list[list[int]]) -> DataLoader:
+    """torch's DataLoader of these batches, lists of indices. Without --workers, a GPU is fed by one
+    worker process a core, at most 16; on a CPU the process that trains loads the images, too."""
+    workers = run.cfg.workers
+    if workers is None and run.device.type == "cpu":
+        workers = 0
+    elif workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        workers = max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    # Every epoch starts its workers anew: forking takes milliseconds, other ways seconds.
+    context = "fork" if workers and sys.platform == "linux" else None
+    return DataLoader(
+        views, batch_sampler=batches, num_workers=workers, worker_init_fn=outlive_signals,
+        pin_memory=run.device.type == "cuda", multiprocessing_context=context,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------ the run's loop
@@ -433,39 +463,47 @@ class Run:
                     run.log(loss=loss)
                 run.update(optimizer)
             run.end_epoch(model.encoder)                            # logs, measures, saves
-        finish(run)
 
-    No state of a generator is stored: the order of images derives from (seed, epoch), crops from
-    (seed, epoch, micro-batch or image), the model's random numbers from (seed, step, micro-batch).
-    So a run that was stopped and resumed repeats the uninterrupted one; on the CPU, bit for bit."""
+    No state of a generator is stored. The order of the images is drawn from (seed, epoch), their
+    views from (seed, epoch, image), the model's random numbers from (seed, step, micro-batch). So
+    a run that was stopped and resumed repeats the uninterrupted one; on the CPU, bit for bit."""
 
-    caught, handlers = 0, {}  # the last signal, to any run of this process; what it did before
+    caught = 0  # the number of the last signal that this process received
 
     def __init__(self, cfg: "TrainConfig"):
+        self.cfg = cfg
         self.script = Path(inspect.getfile(type(cfg))).name
-        self.cfg, self.folder = cfg, Path(cfg.out or f"runs/{Path(self.script).stem}")
-        self.found = checkpoints(self.folder)
-        self.resumes = bool(self.found) and not cfg.restart
+        self.folder = Path(cfg.out or f"runs/{Path(self.script).stem}")
+        self.resumes = (self.folder / CHECKPOINT).exists() and not cfg.restart
         self.device = set_up_process(cfg.device)
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
-        cuda, self.precision = self.device.type == "cuda", cfg.precision
+        self.precision = cfg.precision
         if cfg.precision == "auto":
-            bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-            self.precision = "bf16" if bf16 else "fp16" if cuda else "fp32"
+            self.precision = best_precision(self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         torch.set_float32_matmul_precision("high")  # fp32 products may use TF32 on a GPU
         torch.manual_seed(random_seed("init", cfg.seed))
-        self.step, self.ended, self.lr, self.ddp = 0, 0, 0.0, []  # ended: step of the last end
-        self.sums, self.history, self.saved = {}, [], time.monotonic()
+        # The rest is set by `start`, the steps and the epochs.
+        self.loader: TrainLoader | None = None
+        self.val: Dataset | None = None  # with labels; None without
+        self.state = {}  # name -> model, optimizer, ...: what a checkpoint stores
+        self.identity, self.lock = {}, None  # of the folder, see `open_folder`
+        self.total = self.last_step = 0  # steps of the schedule; the step to stop after
+        self.warmup = self.peak_lr = self.lr = 0.0  # in steps; learning rates
+        self.step = self.epoch = 0  # steps that are done; the epoch they are in, from 1
+        self.ddp = []  # the models that DDP wraps
+        self.sums, self.counts = {}, {}  # of the values that `log` takes, in this epoch
+        self.history = []  # the lines of metrics.jsonl
+        self.speed, self.waited = {}, 0.0  # for the log; seconds without data in this epoch
+        self.saved = self.printed = time.monotonic()  # when a checkpoint, a line was last written
 
-    def start(self, loader: TrainLoader, val: "Images | None" = None, **state) -> None:
-        """Take the data and everything that has a state (model=, optimizer=, ...). If the folder
-        has a checkpoint, `resume` compares its settings, then loads every state, the step and the
-        metrics; `epochs` and `steps` go on from that step. Print what is about to happen. From now
-        on SIGTERM and Ctrl-C only ask the run to save and stop, after the step."""
+    def start(self, loader: TrainLoader, val: Dataset | None = None, **state) -> None:
+        """Takes the data and everything that has a state (model=, optimizer=, ...). If the folder
+        holds a checkpoint of the same settings, takes every state, the step and the metrics from
+        it. From now on SIGTERM and Ctrl-C let the run finish its step, save and stop."""
         cfg, self.loader, self.state = self.cfg, loader, state
-        self.val = val if val and val.classes and loader.images.classes else None
+        self.val = val if shared_classes(loader.images, val) else None
         self.total = cfg.epochs * loader.steps
         self.last_step = min(cfg.steps or self.total, self.total)
         self.warmup = min(cfg.warmup_epochs, cfg.epochs / 5) * loader.steps
@@ -489,35 +527,31 @@ class Run:
         return model
 
     def epochs(self) -> Iterator[int]:
-        """The epochs that are still to do, counted from 1. One that was stopped after its last step
-        has no steps any more, but its end."""
-        while self.step < self.last_step or self.ended < self.step:
-            self.epoch = self.ended // self.loader.steps + 1
+        """The epochs that are still to do, counted from 1."""
+        while self.step < self.last_step:
+            self.epoch = self.step // self.loader.steps + 1
             yield self.epoch
 
     def steps(self) -> Iterator[Iterator[tuple[Tensor, ...]]]:
-        """The epoch's steps that are still to do; each is an iterator over its micro-batches."""
+        """The epoch's steps that are still to do; each is an iterator over its micro-batches.
+
+        After every step on a CPU, after every tenth on a GPU, which has to be waited for, the loss
+        is checked and the run is saved if it is time, or stopped if a signal came."""
         first, end = self.step, min(self.epoch * self.loader.steps, self.last_step)
-        batches, begin, self.waited = self.loader.batches(first), time.perf_counter(), 0.0
-        title, told, look = f"epoch {self.epoch}/{self.cfg.epochs}", begin, first + 1
-        with tqdm(total=end - first, desc=title, disable=True if self.rank > 0 else None) as bar:
+        every = 1 if self.device.type == "cpu" else 10
+        self.waited, begin = 0.0, time.perf_counter()
+        title, hidden = f"epoch {self.epoch}/{self.cfg.epochs}", True if self.rank > 0 else None
+        bar = tqdm(total=end - first, desc=title, disable=hidden)
+        with bar, closing(self.loader.batches(first)) as batches:  # ends the loader's workers
             while self.step < end:
                 yield self._micro_batches(batches)
                 self.step += 1
                 bar.update()
-                urgent = self.caught and self.world == 1
-                if not urgent and self.step not in (look, end):
-                    continue
-                means, now = self._read_means(), time.perf_counter()
-                images = (self.step - first) * self.cfg.batch_size
-                self.speed = {"images_per_s": round(images / (now - begin), 1),
-                              "data_wait": round(self.waited / (now - begin), 4)}  # fmt: skip
-                values = dict(loss=f"{means['loss']:.4f}", lr=f"{self.lr:.2e}", **self.speed)
-                bar.set_postfix(values)
-                if bar.disable and now - told > 60:  # a sign of life in a log file
-                    told, text = now, "  ".join(f"{k} {x}" for k, x in values.items())
-                    self.print(f"{title}  step {self.step}  {text}")
-                look = self.step + save_or_stop(self, end, (now - begin) / (self.step - first))
+                stopped = Run.caught and self.world == 1
+                if self.step % every == 0 or self.step == end or stopped:
+                    self._show_progress(bar, self.step - first, time.perf_counter() - begin)
+                    if self.step < end:  # after an epoch's last step, `end_epoch` saves
+                        save_or_stop(self)
 
     def _micro_batches(self, batches: Iterator) -> Iterator[tuple[Tensor, ...]]:
         for micro in range(self.cfg.accumulate):
@@ -530,16 +564,26 @@ class Run:
                 model.require_backward_grad_sync = micro == self.cfg.accumulate - 1
             yield batch
 
+    def _show_progress(self, bar: tqdm, steps: int, seconds: float) -> None:
+        """Mean loss and speed of the epoch's `steps` so far: in the bar, or as a line a minute."""
+        loss, images_per_s = self._read_means()["loss"], steps * self.cfg.batch_size / seconds
+        self.speed = dict(images_per_s=round(images_per_s, 1),
+                          data_wait=round(self.waited / seconds, 4))  # fmt: skip
+        bar.set_postfix(loss=f"{loss:.4f}", lr=f"{self.lr:.2e}", **self.speed)
+        if bar.disable and time.monotonic() - self.printed > 60:
+            self.print(f"{bar.desc}  step {self.step}  loss {loss:.4f}  lr {self.lr:.2e}  "
+                       f"{images_per_s:.0f} images/s")  # fmt: skip
+
     def set_lr(self, optimizer, floor: float = 0.0, lr: float | None = None) -> None:
-        """This step's learning rate, times a group's own "lr_scale" if it has one: warm-up and
-        cosine, or `lr`."""
+        """Sets this step's learning rate: warm-up and cosine down to `floor`, or `lr`; times a
+        parameter group's own "lr_scale" if it has one."""
         schedule = warmup_cosine(self.step, self.total, self.warmup, self.peak_lr, floor)
         self.lr = schedule if lr is None else lr
         for group in optimizer.param_groups:
             group["lr"] = self.lr * group.get("lr_scale", 1.0)
 
     def autocast(self):
-        """Around forward passes and losses: --precision."""
+        """The context of forward passes and losses, for --precision."""
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
@@ -547,9 +591,10 @@ class Run:
         self.scaler.scale(loss / self.cfg.accumulate).backward(**options)
 
     def update(self, *optimizers, norms: tuple[str, ...] = ("grad_norm",)) -> None:
-        """Clip, step, and clear the gradients. `norms`: a name for each optimiser, under which the
-        norm of its gradients before clipping is logged. Where fp16 overflows, the scaler leaves the
-        step out; of these, the share is logged as `skipped`, and the norm as 0."""
+        """Clips the gradients, steps, and clears the gradients. `norms` has a name for each
+        optimiser, under which the norm of its gradients before clipping is logged. Where fp16
+        overflows, the scaler skips the step: then the norm is logged as 0, and `skipped` is the
+        share of such steps."""
         for optimizer, name in zip(optimizers, norms, strict=True):
             self.scaler.unscale_(optimizer)
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -565,53 +610,56 @@ class Run:
         self.scaler.update()
 
     def log(self, **values: Tensor) -> None:
-        """Scalars of a micro-batch or step, among them `loss`; metrics.jsonl has their means over
-        the epoch and all processes. A value need not come in every step."""
+        """Takes scalars of a micro-batch or step, among them `loss`. metrics.jsonl has their means
+        over the epoch and all processes. A value need not come in every step."""
         for name, x in values.items():
-            total, count = self.sums.get(name, (0.0, 0))
-            self.sums[name] = total + x.detach().double(), count + 1
+            self.sums[name] = self.sums.get(name, 0.0) + x.detach().double()
+            self.counts[name] = self.counts.get(name, 0) + 1
 
     def _read_means(self) -> dict[str, float]:
-        """Means of this epoch so far, of all processes, which then have the same sums. UserError if
-        one is not finite: training has failed."""
-        totals, counts = zip(*self.sums.values(), strict=True)
-        totals = mean_over_processes(torch.stack(totals))
-        self.sums = dict(zip(self.sums, zip(totals, counts, strict=True), strict=True))
-        means = {k: x / n for k, x, n in zip(self.sums, totals.tolist(), counts, strict=True)}
-        if not all(map(math.isfinite, means.values())):
+        """The means of this epoch so far. Afterwards all processes have the same sums. UserError if
+        a mean is not finite: training has failed."""
+        sums = mean_over_processes(torch.stack(list(self.sums.values())))
+        self.sums = dict(zip(self.sums, sums, strict=True))
+        means = {}
+        for name, total in zip(self.sums, sums.tolist(), strict=True):
+            means[name] = total / self.counts[name]
+        if not all(math.isfinite(mean) for mean in means.values()):
             raise not_finite(self, means)
         return means
 
     def due(self, every: int) -> bool:
-        """At an epoch's end: is it the turn of what is done every so many epochs and at the end?"""
+        """At an epoch's end: is it time for what is done every so many epochs and at the end?"""
         return every > 0 and (self.step >= self.last_step or self.epoch % every == 0)
 
     def end_epoch(self, encoder: ViT | None = None, picture=None, **results: float) -> None:
-        """Log the epoch, with `results` if any; measure kNN and draw the picture if they are due;
-        save the checkpoint and the encoder. `picture()` gives the rows of `save_grid`."""
+        """Logs the epoch, with `results` if any; measures kNN and draws the picture if they are
+        due; saves the checkpoint and the encoder. `picture()` returns the rows of `save_grid`."""
         metrics = {"epoch": self.epoch, "step": self.step, **self._read_means()}
         metrics |= {"lr": self.lr, **self.speed, **results}
         if self.val is not None and self.due(self.cfg.knn_every):
             metrics |= knn_monitor(self, encoder)
         self.history.append(metrics)
-        self.ended = self.step
-        if self.step == self.epoch * self.loader.steps:  # not stopped in its middle by --steps
-            self.sums = {}
+        if self.step == self.epoch * self.loader.steps:  # --steps did not cut the epoch off
+            self.sums, self.counts = {}, {}
         words = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
         self.print("  ".join(words))
         if picture and self.rank == 0 and self.due(self.cfg.recon_every):
             torch.manual_seed(random_seed("picture", self.cfg.seed))  # always the same masks
             save_grid(self.folder / f"recon_{self.epoch:04d}.png", picture())
-        save(self, encoder)  # last, so that whatever a kill leaves undone is done again
+        save_or_stop(self, encoder, save_now=True)  # last: what a kill cuts off is done again
+        if self.step == self.last_step:
+            self.print(f"step {self.step} of {self.total} is done; results are in {self.folder}")
 
     def print(self, text: str) -> None:
         if self.rank == 0:
+            self.printed = time.monotonic()
             print(text, flush=True)
 
 
 # ==============================================================================================
-# A reader of a method may stop here. Part 2: settings, data sets, weights, the run's folder,
-# kNN and validation, pictures.
+# A reader of a method may stop here. Part 2: settings, data sets, weights, processes, the run's
+# folder and signals, kNN and validation, pictures.
 # ==============================================================================================
 
 # ------------------------------------------------------------------------------ settings
@@ -629,22 +677,26 @@ VIT_SIZES = {
 class TrainConfig:
     """Settings of any training run. A trailing comment is the flag's --help text."""
 
-    data: str = "shapes"  # shapes, cifar10, cifar100, stl10, or a folder (train/ + val/, or any)
+    # What a resumed run may change: where and how it runs, not what it computes.
+    may_change = ("out", "restart", "steps", "save_minutes", "data", "data_dir", "workers",
+                  "device", "compile", "accumulate")  # fmt: skip
+
+    data: str | None = "shapes"  # shapes, cifar10, cifar100, stl10, or a folder: see the README
     data_dir: str = "data"  # where cifar10, cifar100 and stl10 are downloaded to
     min_crop: float = 0.2  # smallest area of a random crop, as a share of the image
-    epochs: int = 10  # length of the schedule: the learning rate has run out after so many
+    epochs: int = 10  # length of the schedule, at whose end the learning rate is 0
     steps: int | None = None  # stop after so many steps, all files written; rerun to go on
     batch_size: int = 256  # images per optimiser step, over all processes and accumulations
     accumulate: int = 1  # micro-batches per step and process; raise it when memory runs out
     base_lr: float = 1.5e-4  # learning rate per 256 images: lr = base_lr * batch_size / 256
     lr: float | None = None  # the peak learning rate itself; overrides --base-lr
     warmup_epochs: float = 1.0  # linear warm-up; never more than a fifth of --epochs
-    weight_decay: float = 0.05  # decoupled, on matrices only
+    weight_decay: float = 0.05  # of AdamW; none for biases and LayerNorm
     clip_grad: float | None = None  # largest gradient norm; try 1 if the loss jumps
     out: str | None = None  # run folder; by default runs/<script>-<preset>
     save_minutes: float = 15.0  # save within an epoch, too, after so many minutes
-    restart: bool = False  # delete the run that the folder holds and start over
-    workers: int | None = None  # that decode images; by default cores / processes, at most 10
+    restart: bool = False  # ignore the checkpoint in the run folder and start over
+    workers: int | None = None  # processes that load images [GPU: one a core, up to 16; CPU: 0]
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU if there is one
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU, else fp32
     compile: bool = False  # torch.compile: a slow first step, then faster; for long runs on a GPU
@@ -655,12 +707,6 @@ class TrainConfig:
         check_numbers(self, 1, "epochs", "steps", "batch_size", "accumulate")
         check_numbers(self, 0, "workers", "seed", "weight_decay", "warmup_epochs", "save_minutes")
         check_numbers(self, 1e-30, "base_lr", "lr", "clip_grad")
-        if self.out and self.data not in (None, "shapes", *DOWNLOADED):
-            root, out = Path(self.data).resolve(), Path(self.out).resolve()
-            read = [root / "train", root / "val"] if (root / "train").is_dir() else [root]
-            if out == root or any(out.is_relative_to(folder) for folder in read):
-                raise UserError(f"--out {self.out} is where the images of --data {self.data} are; "
-                                "choose a folder of its own")  # fmt: skip
         if not 0 < self.min_crop <= 1:
             raise UserError(f"--min-crop must be above 0 and at most 1, not {self.min_crop}")
 
@@ -668,6 +714,8 @@ class TrainConfig:
 @dataclass
 class Config(TrainConfig):
     """Settings of every pre-training method."""
+
+    may_change = (*TrainConfig.may_change, "init_from", "knn_every", "recon_every")
 
     img_size: int = 32  # side of the training crops in pixels; a multiple of the patch size
     patch_size: int = 4  # side of a patch in pixels: 16 at 224 px, 4 at 32 px
@@ -682,20 +730,13 @@ class Config(TrainConfig):
         super().check()
         check_numbers(self, 1, "img_size", "patch_size", "depth", "recon_every")
         check_numbers(self, 0, "knn_every")
-        random_masking(1, math.prod(patch_grid(self.img_size, self.patch_size)), self.mask_ratio)
+        rows, columns = patch_grid(self.img_size, self.patch_size)
+        num_visible(rows * columns, self.mask_ratio)
 
     def vit(self) -> ViT:
         """A fresh encoder of these settings."""
         shape = VIT_SIZES[self.size] | ({"depth": self.depth} if self.depth else {})
         return ViT(self.img_size, self.patch_size, **shape)
-
-
-# A resumed run may change these: they say where and how it runs, not what it computes. (Compared
-# are: the product of `accumulate` and the number of processes, although means of an epoch that was
-# stopped give its parts other weights if the one changes for the other; of `data`, what is in it.)
-RESUMABLE = {"out", "restart", "steps", "save_minutes", "data", "data_dir", "init_from",
-             "tokenizer", "workers", "device", "compile", "accumulate", "knn_every", "recon_every",
-             "val_every"}
 
 
 def check_numbers(cfg, least: float, *names: str) -> None:
@@ -709,13 +750,13 @@ def check_numbers(cfg, least: float, *names: str) -> None:
 
 @functools.cache  # inspect takes 50 ms a class
 def trailing_comments(config_class: type) -> dict[str, str]:
-    """Of the fields of a dataclass and its parents, by name."""
+    """Maps each field of a dataclass and of its parents to the comment at the end of its line."""
     sources = map(inspect.getsource, reversed(config_class.__mro__[:-1]))
     return dict(re.findall(r"^    (\w+): [^#\n]*# *(.*)$", "\n".join(sources), re.MULTILINE))
 
 
 def parse(config_class: type, presets: dict[str, dict], argv: list[str] | None = None):
-    """Command line -> checked Config. Flags are the dataclass's fields, their help the trailing
+    """Command line -> Config. The flags are the dataclass's fields, their help texts the trailing
     comments; a field without default is positional. --preset, by default the first, changes the
     defaults of the others. A mistake ends the program with one line and exit code 2."""
     script = Path(inspect.getfile(config_class)).stem
@@ -755,39 +796,39 @@ def parse(config_class: type, presets: dict[str, dict], argv: list[str] | None =
     cfg = config_class(**presets.get(preset, {}) | values)
     if preset and not cfg.out:
         cfg.out = f"runs/{script}-{preset}"
-    try:
-        cfg.check()
-    except UserError as error:
-        parser.error(str(error))
     return cfg
 
 
 def entry_point(main):
-    """Decorator of a script's main(cfg): a UserError becomes one line and exit code 2."""
+    """Decorator of a script's main(cfg, data=None): checks cfg; a UserError becomes one line and
+    exit code 2. With `data`, the training and validation images themselves, cfg.data is None: what
+    a run stores must not name a data set that it did not see."""
 
     @functools.wraps(main)
-    def wrapped(cfg):
+    def wrapped(cfg, data=None):
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            main(cfg)
+            if data is not None:
+                cfg = dataclasses.replace(cfg, data=None)
+            cfg.check()
+            main(cfg, data)
         except UserError as error:
-            text = str(error).strip().splitlines()[-1]  # of a loader's worker: a whole traceback
-            text = text.removeprefix("common.UserError: ")
+            # An error in a loader's worker comes with its traceback, of which this is the end.
+            text = str(error).strip().splitlines()[-1].removeprefix("common.UserError: ")
             print(f"error: {text}", file=sys.stderr, flush=True)
             sys.exit(2)
-        except RuntimeError as error:
-            if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
-                raise
-            reason = str(error).splitlines()[0]
-            print(f"error: lost the other processes ({reason}); run the same command again to go "
-                  "on", file=sys.stderr, flush=True)  # fmt: skip
-            sys.exit(1)
+        except torch.OutOfMemoryError as error:
+            print(f"error: {str(error).splitlines()[0]} Raise --accumulate: a micro-batch then has "
+                  "fewer images, and the recipe stays the same.", file=sys.stderr)  # fmt: skip
+            sys.exit(2)
         except KeyboardInterrupt:
             print("interrupted; run the same command again to go on", file=sys.stderr, flush=True)
             sys.exit(130)
         finally:
-            while Run.handlers:
-                signal.signal(*Run.handlers.popitem())
             Run.caught = 0
+            with suppress(ValueError):  # not the main thread
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
             if dist.is_initialized():
                 dist.destroy_process_group()
 
@@ -796,189 +837,140 @@ def entry_point(main):
 
 # ------------------------------------------------------------------------------ data sets
 
-DOWNLOADED = ("cifar10", "cifar100", "stl10")  # torchvision's
-RESIDENT_BYTES = 4 << 30  # each process keeps equally sized images up to this total on its device
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
-BICUBIC = v2.InterpolationMode.BICUBIC
 SHAPES = ("disk", "ring", "square", "triangle", "star",
           "cross", "crescent", "bar", "heart", "corner")  # fmt: skip
 
 
-def data_loader(batches: Batches, keys: list, device, workers: int | None, persistent=False):
-    """A DataLoader of the batches with these keys. Images that are made one by one are made by
-    `workers` processes: by default one a core, at most 10; all of torchrun's share the cores."""
-    if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        workers = max(1, min(10, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    workers = workers if batches.single else 0
-    outlive = functools.partial(outlive_signals, run_over(), os.getpid()) if workers else None
-    return torch.utils.data.DataLoader(
-        batches, sampler=keys, batch_size=None, num_workers=workers,
-        persistent_workers=persistent and workers > 0,
-        pin_memory=batches.single and torch.device(device).type == "cuda",
-        worker_init_fn=outlive,
-    )  # fmt: skip
-
-
-def outlive_signals(over: Tensor, parent: int, worker: int) -> None:
-    """A signal that all processes get leaves a loader's in place, for the run has to save first; in
-    the end they are sent one more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if over or os.getppid() != parent else 0)
-
-
-@functools.cache
-def run_over() -> Tensor:
-    """Shared with loader processes: becomes True when this process ends, however it does."""
-    over = torch.zeros((), dtype=torch.bool).share_memory_()
-    Finalize(None, over.fill_, (True,), exitpriority=0)
-    return over
-
-
-class Images:
-    """One split of a data set: `labels` (N,) int64, -1 where unknown; `classes`, their names, empty
-    without labels; and either `pixels` (N, 3, H, W) uint8 on the training device, or `paths`."""
-
-    def __init__(self, labels: Tensor, classes: list[str], pixels=None, paths=()):
-        self.labels, self.classes, self.pixels = labels, classes, pixels
-        # Bytes in one array: of a million objects, each loader worker would soon have its own copy.
-        self.paths = np.array([os.fsencode(path) for path in paths])
-        # Shared with loader workers, so that a broken file is named once and not tried again.
-        self.unreadable = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def read(self, index: int) -> tuple[Tensor, int]:
-        """Image (3, H, W) uint8 and label. The next readable file stands in for an unreadable one,
-        so that batches keep their size."""
-        if self.pixels is not None:
-            return self.pixels[index], int(self.labels[index])
-        for i in itertools.chain(range(index, len(self)), range(index)):
-            if not self.unreadable[i]:
-                if (image := read_image(os.fsdecode(self.paths[i]))) is not None:
-                    return torch.from_numpy(image), int(self.labels[i])
-                self.unreadable[i] = True
-        raise UserError(f"none of the {len(self)} images can be read any more")
-
-
-def read_image(path: str) -> np.ndarray | None:
-    """RGB (3, H, W) uint8, the first frame as it is stored: like torchvision, not turned by EXIF.
-    None, with a warning that names the file, if it cannot be decoded."""
-    try:
-        with Image.open(path) as image:
-            if image.mode[0] in "IF":  # convert() would clip 16 bits, not scale them
-                deep = np.asarray(image)
-                if image.mode == "F" or deep.min() < 0 or deep.max() >= 1 << 16:
-                    raise ValueError("no range is agreed on for 32 bits a pixel")
-                image = Image.fromarray((deep // 256).astype(np.uint8))
-            if image.mode != "RGB":
-                image = image.convert("RGBA" if image.mode == "P" else "RGB").convert("RGB")
-            return np.array(image).transpose(2, 0, 1)
-    except Exception as error:  # damaged files make decoders raise anything, even SyntaxError
-        print(f"warning: skipping unreadable image {path}: {error}", file=sys.stderr, flush=True)
-        return None
-
-
-def load_images(name: str, split: str, size: int, data_dir="data", device="cpu") -> Images | None:
+def load_dataset(name: str, split: str, size: int, data_dir="data") -> Dataset | None:
     """A split of a data set: "pretrain" (all images for training without labels), "train" or "val";
-    None where a folder has no such split. `name`: shapes, drawn at size x size; cifar10, cifar100,
-    stl10, downloaded to `data_dir`; or a folder, with train/ and val/ and class folders in them, or
-    any tree of images without labels."""
+    None where a folder has no such split. `name` is shapes, drawn at size x size pixels; cifar10,
+    cifar100 or stl10, downloaded to `data_dir`; or a folder that holds train/ and val/ with a
+    folder a class, or any tree of images without labels."""
     if name == "shapes":
         count, seed = (4000, 1) if split == "val" else (20000, 0)
-        pixels, labels = draw_shapes(count, size, seed)
-        return Images(labels, list(SHAPES), pixels.to(device))
-    if name in DOWNLOADED:
-        return torchvision_images(name, split, data_dir, device)
-    return folder_images(name, split, device)
-
-
-def pretraining_images(cfg: Config, device) -> tuple[Images, Images | None]:
-    """Training images and, if the data set has any, validation images."""
-    splits = ("pretrain", "val")
-    return tuple(load_images(cfg.data, s, cfg.img_size, cfg.data_dir, device) for s in splits)
-
-
-def torchvision_images(name: str, split: str, data_dir, device) -> Images:
-    part, stl10 = {"train": split != "val"}, name == "stl10"
-    if stl10:
-        parts = {"pretrain": "train+unlabeled", "train": "train", "val": "test"}
-        part = {"split": parts[split]}
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    if rank > 0:
-        dist.barrier()  # the first process downloads, then the others read
-    try:
-        data = getattr(torchvision.datasets, name.upper())(data_dir, download=True, **part)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"could not download {name} to {data_dir}: {error}") from error
-    if rank == 0 and dist.is_initialized():
-        dist.barrier()
-    pixels = torch.from_numpy(data.data if stl10 else data.data.transpose(0, 3, 1, 2))
-    labels = torch.as_tensor(data.labels if stl10 else data.targets, dtype=torch.int64)
-    return Images(labels, list(data.classes), pixels.contiguous().to(device))
-
-
-def folder_images(name: str, split: str, device) -> Images | None:
-    root = Path(name)
-    if not name or not root.is_dir():
+        images = TensorDataset(*draw_shapes(count, size, seed))
+        images.classes = list(SHAPES)
+        return images
+    if name == "stl10":
+        part = {"pretrain": "train+unlabeled", "train": "train", "val": "test"}[split]
+        images = download(torchvision.datasets.STL10, data_dir, split=part)
+        images.labelled = (images.labels >= 0).nonzero()[0]  # see `evenly_spaced`
+        return images
+    if name in ("cifar10", "cifar100"):
+        return download(getattr(torchvision.datasets, name.upper()), data_dir, train=split != "val")
+    if not name or not Path(name).is_dir():
         raise UserError(f"--data {name}: no such folder, nor shapes, cifar10, cifar100 or stl10")
-    has_splits = (root / "train").is_dir()
-    folder = root / ("val" if split == "val" else "train") if has_splits else root
-    if not folder.is_dir() or (split == "val" and not has_splits):
+    return load_folder(Path(name), split)
+
+
+def load_pair(cfg: TrainConfig, split: str = "pretrain") -> tuple[Dataset, Dataset | None]:
+    """Training images and, if the data set has any, validation images."""
+    train = load_dataset(cfg.data, split, cfg.img_size, cfg.data_dir)
+    return train, load_dataset(cfg.data, "val", cfg.img_size, cfg.data_dir)
+
+
+def shared_classes(train: Dataset, val: Dataset | None) -> list[str]:
+    """Names of the classes, an empty list unless both sets have labels. UserError if their classes
+    differ."""
+    classes, others = (list(getattr(images, "classes", [])) for images in (train, val))
+    if classes and others and classes != others:
+        raise UserError("training and validation images have different .classes")
+    return classes and others
+
+
+def download(kind: type, data_dir: str, **part) -> Dataset:
+    """One of torchvision's data sets. The first process downloads it, then all read it."""
+    try:
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            kind(data_dir, download=True, **part)
+        if dist.is_initialized():
+            dist.barrier()
+        return kind(data_dir, **part)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"could not download {kind.__name__} to {data_dir}: {error}") from error
+
+
+def load_folder(root: Path, split: str) -> Dataset | None:
+    """A split of the images in a folder; see `load_dataset`. UserError if there are none."""
+    train, folder = root / "train", root / ("val" if split == "val" else "train")
+    if not train.is_dir():
+        return None if split == "val" else ImageFiles(root, classes=[])
+    if not folder.is_dir():
         return None
-    paths = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        here = Path(parent)
-        files = (x for x in files if os.path.splitext(x)[1].lower() in IMAGE_SUFFIXES)
-        paths += [os.path.join(parent, file) for file in files]
-        above = {x.resolve() for x in (here, *here.absolute().parents)}  # a link there is a circle
-        folders[:] = [x for x in folders if (here / x).resolve() not in above]
-    paths.sort(key=lambda path: path.replace(os.sep, "\0"))  # folder by folder
-    if not paths:
-        raise UserError(f"no images under {folder} (looked for {' '.join(sorted(IMAGE_SUFFIXES))})")
-    start = len(os.path.join(folder, ""))
-    names = [path[start:].split(os.sep)[0] for path in paths]  # of class folders, if any
-    if (annotations := folder / "val_annotations.txt").is_file():  # Tiny-ImageNet's val/
-        lines = (line.split("\t") for line in annotations.read_text().splitlines())
-        class_of = {name: class_name for name, class_name, *_ in lines}
-        names = [class_of.get(os.path.basename(path)) for path in paths]
-    classes, labels = [], torch.full((len(paths),), -1)
-    if has_splits:
-        classes = sorted(entry.name for entry in (root / "train").iterdir()
-                         if entry.is_dir() and entry.name[0] != ".")  # fmt: skip
-    if classes:
-        number = {name: i for i, name in enumerate(classes)}
-        labels = torch.tensor([number.get(name, -1) for name in names])
-        if (labels < 0).any():
-            raise UserError(
-                f"{paths[labels.argmin()]} is in none of the {len(classes)} class folders that "
-                f"{root / 'train'} has"
-            )
-    images = Images(labels, classes, paths=paths)
-    return decode_all(images, folder, device) or images
+    classes = folders_in(train)
+    annotations = folder / "val_annotations.txt"
+    if not annotations.is_file():
+        return ImageFiles(folder, classes)
+    images = ImageFiles(folder, classes=[])  # Tiny-ImageNet's val/: a table has the classes
+    class_of = dict(line.split("\t")[:2] for line in annotations.read_text().splitlines())
+    for i, (path, _) in enumerate(images.samples):
+        name = class_of.get(Path(path).name)
+        if name not in classes:
+            raise UserError(f"{path} is in none of the class folders of {train}: {annotations}")
+        images.samples[i] = path, classes.index(name)
+    images.classes = classes
+    return images
 
 
-def decode_all(images: Images, folder: Path, device) -> Images | None:
-    """The same images in memory, less the unreadable; None if they differ in size or are many."""
-    pixels = None
-    quiet = True if int(os.environ.get("RANK", 0)) > 0 else None  # None: only on a terminal
-    for i, path in enumerate(tqdm(images.paths, f"reading {folder}", leave=False, disable=quiet)):
-        if (image := read_image(os.fsdecode(path))) is None:
-            images.unreadable[i] = True
-            continue
-        if pixels is None and len(images) * image.nbytes <= RESIDENT_BYTES:
-            pixels = np.empty((len(images), *image.shape), np.uint8)  # faster to fill than a tensor
-        if pixels is None or image.shape != pixels.shape[1:]:
-            return None
-        pixels[i] = image
-    if pixels is None:
-        raise UserError(f"none of the {len(images)} images under {folder} could be read")
-    keep, pixels = ~images.unreadable, torch.from_numpy(pixels)
-    if not keep.all():
-        print(f"left out {int((~keep).sum())} unreadable of {len(keep)} images", file=sys.stderr)
-        pixels = pixels[keep]
-    return Images(images.labels[keep], images.classes, pixels.to(device))
+def folders_in(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+
+
+class ImageFiles(ImageFolder):
+    """torchvision's ImageFolder with the numbers of given `classes`, some of which may have no
+    images, as in a small val/. Without classes, all images in `root` and below, labelled -1.
+
+    UserError for no image or another class. An unreadable image is named; the next stands in."""
+
+    def __init__(self, root: Path, classes: list[str]):
+        self.given = classes
+        super().__init__(root, loader=read_image, allow_empty=True)
+        if not self.samples:
+            raise UserError(f"no images under {root}, or none in folders of classes")
+
+    def find_classes(self, directory) -> tuple[list[str], dict[str, int]]:
+        if not self.given:
+            return [], {"": -1}  # ImageFolder looks for images in directory/"", which is all of it
+        if unknown := set(folders_in(Path(directory))) - set(self.given):
+            raise UserError(f"{directory} has class {min(unknown)}, but train/ has not")
+        return self.given, {name: number for number, name in enumerate(self.given)}
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        for i in range(index, index + len(self)):
+            path, label = self.samples[i % len(self)]
+            try:
+                return self.loader(path), label
+            except Exception as error:  # damaged files make decoders raise anything
+                print(f"warning: skipping unreadable image {path}: {error}", file=sys.stderr)
+        raise UserError(f"none of the {len(self)} images under {self.root} can be read")
+
+
+def read_image(path: str) -> Image.Image:
+    """The first frame in RGB, as it is stored: like torchvision, not turned by EXIF."""
+    with Image.open(path) as image:
+        return rgb(image)
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """A PIL image of any mode in RGB; 16 bits are scaled to 8, where PIL would clip them."""
+    if image.mode[0] in "IF":
+        deep = np.asarray(image)
+        if image.mode == "F" or deep.min() < 0 or deep.max() >= 1 << 16:
+            raise ValueError(f"an image of mode {image.mode} has no agreed range of values")
+        image = Image.fromarray((deep // 256).astype(np.uint8))
+    if image.mode == "P":  # a palette may have transparent colours
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def rgb_tensor(image) -> Tensor:
+    """A PIL image, or a uint8 tensor of 1, 3 or 4 (RGBA) channels -> uint8 (3, H, W)."""
+    if isinstance(image, Image.Image):
+        return v2.functional.pil_to_tensor(rgb(image))
+    if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 3:
+        what = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image)
+        raise UserError(f"images must be PIL images or uint8 tensors (C, H, W), not {what}")
+    return image.expand(3, -1, -1) if len(image) == 1 else image[:3]
 
 
 def draw_shapes(count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -1040,126 +1032,17 @@ def _paint(x: Tensor, y: Tensor, hue: Tensor, value: Tensor, t: Tensor) -> Tenso
     return torch.lerp(one * value, 0.25 + 0.6 * two * value, mix)
 
 
-# ------------------------------------------------------------------------------ crops
-
-
-def crop_sizes(count: int, height: int, width: int, scale, ratio=(3 / 4, 4 / 3)):
-    """Sizes h, w (count,) int64 of RandomResizedCrop, and fits (count,) bool: area uniform in
-    `scale`, aspect log-uniform in `ratio`, the first of 10 tries that fits into the image. Where
-    none does, the largest size within `ratio`, whose place is the middle."""
-    u = torch.rand(2, count, 10)
-    area = height * width * (scale[0] + (scale[1] - scale[0]) * u[0])
-    aspect = torch.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * u[1])
-    w, h = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
-    fit = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    fits, first = fit.any(dim=1), fit.int().argmax(dim=1, keepdim=True)
-    h = torch.where(fits, h.gather(1, first)[:, 0], min(height, round(width / ratio[0])))
-    w = torch.where(fits, w.gather(1, first)[:, 0], min(width, round(height * ratio[1])))
-    return h, w, fits
-
-
-def sample_crops(count: int, height: int, width: int, scale) -> Tensor:
-    """RandomResizedCrop boxes (count, 4) int64: top, left, h, w in pixels."""
-    h, w, fits = crop_sizes(count, height, width, scale)
-    top, left = (
-        torch.where(fits, torch.rand(count) * (room + 1), room / 2).long()
-        for room in (height - h, width - w)
-    )
-    return torch.stack([top, left, h, w], dim=1)
-
-
-def crop_resize(imgs: Tensor, boxes: Tensor, size: int, flip: Tensor | None = None) -> Tensor:
-    """imgs (B, C, H, W) in 0..255, boxes (B, 4) as from `sample_crops`, flip (B,) bool: mirror
-    left-right -> (B, C, size, size) in 0..255: bicubic, anti-aliased, nothing outside a box seen.
-
-    A batch is resampled at once, wherever it is: that is linear and separable, hence one matrix per
-    image and axis. One image, as in a loader's worker, is left to torch, which rounds and clips
-    uint8 after each axis, as Pillow does."""
-    if len(imgs) == 1 and imgs.device.type == "cpu":
-        top, left, h, w = boxes[0].tolist()
-        crop = imgs[:, :, top : top + h, left : left + w]
-        crop = F.interpolate(crop, (size, size), mode="bicubic", antialias=True).clamp_(0, 255)
-        return crop.flip(3) if flip is not None and flip[0] else crop
-    (b, c, height, width), boxes = imgs.shape, boxes.to(imgs.device, non_blocking=True)
-    rows = bicubic_matrix(boxes[:, 0], boxes[:, 2], height, size)
-    columns = bicubic_matrix(boxes[:, 1], boxes[:, 3], width, size)
-    if flip is not None:
-        flip = flip.to(imgs.device, non_blocking=True)[:, None, None]
-        columns = torch.where(flip, columns.flip(1), columns)
-    x = torch.bmm(imgs.float().view(b, c * height, width), columns.mT)
-    x = x.view(b, c, height, size).transpose(1, 2).reshape(b, height, c * size)
-    return torch.bmm(rows, x).view(b, size, c, size).transpose(1, 2).clamp_(0, 255)
-
-
-def bicubic_matrix(start: Tensor, length: Tensor, n_in: int, n_out: int) -> Tensor:
-    """Start and length (B,) of a crop -> weights (B, n_out, n_in) of Keys' cubic with a = -1/2,
-    widened when it shrinks, cut off at the crop's edges."""
-    start, length = start[:, None, None], length[:, None, None]
-    scale = length / n_out
-    centre = start + (torch.arange(n_out, device=start.device) + 0.5)[:, None] * scale
-    pixel = torch.arange(n_in, device=start.device)
-    x = ((pixel + 0.5 - centre) / scale.clamp(min=1)).abs()
-    weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2)
-    weight = weight * ((x < 2) & (pixel >= start) & (pixel < start + length))
-    return weight / weight.sum(dim=2, keepdim=True)
-
-
-@dataclass
-class CentreCrop:
-    """The test crop: shorter side to size * 256/224, bicubic, then the central size x size; images
-    of just that size stay whole."""
-
-    size: int
-
-    def __call__(self, imgs: Tensor, index: Tensor) -> tuple[Tensor, ...]:
-        if tuple(imgs.shape[2:]) != (self.size, self.size):
-            imgs = v2.functional.resize(imgs, [self.size * 256 // 224], interpolation=BICUBIC)
-            imgs = v2.functional.center_crop(imgs, [self.size])
-        return (imgs,)
-
-
-def evenly_spaced(images: Images, limit: int | None) -> Tensor:
-    """Indices of all images or of at most `limit`, in order: labelled ones, if there are any."""
-    known = (images.labels >= 0).nonzero()[:, 0]
-    index = known if limit and len(known) else torch.arange(len(images))
-    limit = min(limit or len(index), len(index))
-    return index[torch.linspace(0, len(index) - 1, limit, dtype=torch.float64).long()]
-
-
-def eval_batches(images: Images, size: int, device, limit: int | None = None,
-                 workers: int | None = 0, share=True, view=None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields normalised images (b, 3, size, size) and labels (b,), in order, by `view`, which is
-    CentreCrop(size) unless given; see `evenly_spaced` for `limit`. With several processes each gets
-    its `share`; `gather_rows` brings results together."""
-    index = evenly_spaced(images, limit)
-    if share and dist.is_initialized():
-        index = index[dist.get_rank() :: dist.get_world_size()]
-    if not len(index):  # fewer images than processes
-        yield torch.empty(0, 3, size, size, device=device), torch.empty(0, device=device).long()
-        return
-    keys = [(0, i, part.tolist()) for i, part in enumerate(index.split(250))]
-    batches = Batches(images, view or CentreCrop(size))
-    yield from normalized(data_loader(batches, keys, device, workers), device)
-
-
-def example_images(images: Images, size: int, device, count: int = 8, view=None) -> Tensor:
-    """(count, 3, size, size), normalised: the same ones every time, for pictures."""
-    return next(eval_batches(images, size, device, limit=count, share=False, view=view))[0]
-
-
 # ------------------------------------------------------------------------------ weights
 
-CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.prev.pt"
+CHECKPOINT = "checkpoint.pt"
 
 
 def read_checkpoint(path) -> dict:
     """torch.load of tensors and primitives, on the CPU. UserError if that cannot be done."""
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder; name a file in it, such as encoder.pt") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
     except Exception:  # of many types: zip, pickle, storage
         raise UserError(f"{path} is truncated or not a checkpoint") from None
     if not isinstance(loaded, dict):
@@ -1251,16 +1134,29 @@ def init_from(path, model: nn.Module) -> set[str]:
 
 
 def set_up_process(name: str) -> torch.device:
-    """The device of this process for --device auto, cpu or cuda. Under torchrun, joins the rest."""
+    """The device of this process for --device auto, cpu or cuda. Under torchrun, joins the other
+    processes. UserError if there is no such device."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no usable CUDA device here; --device cpu works everywhere")
     device = torch.device("cpu")
     if name != "cpu" and torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if number >= count:
+            raise UserError(f"process {number} of this node has no GPU: --nproc-per-node {count}")
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # The others wait while the first process downloads a data set.
+        patience = datetime.timedelta(hours=2)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     return device
+
+
+def best_precision(device: torch.device) -> str:
+    """What --precision auto stands for: bf16 on a GPU that has it, else fp16; fp32 on a CPU."""
+    if device.type == "cpu":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def mean_over_processes(x: Tensor) -> Tensor:
@@ -1279,35 +1175,31 @@ def average_statistics(model: nn.Module) -> None:
                 x.copy_(mean_over_processes(x))
 
 
-def gather_rows(x: Tensor) -> Tensor:
-    """The rows of all processes, by rank; their numbers may differ. No gradient."""
+def gather(x: Tensor) -> Tensor:
+    """x (n, ...) of every process, n being the same in all -> (processes, n, ...), no gradient."""
+    x = x.detach().contiguous()
     if not dist.is_initialized():
-        return x
-    counts = [None] * dist.get_world_size()
-    dist.all_gather_object(counts, len(x))
-    padded = F.pad(x, (0, 0) * (x.ndim - 1) + (0, max(counts) - len(x)))
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded.contiguous())
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+        return x[None]
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x)
+    return torch.stack(parts)
 
 
 # ------------------------------------------------------------------------------ the run's folder
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Those that the folder holds, the newest first."""
-    return [folder / name for name in (CHECKPOINT, PREVIOUS) if (folder / name).exists()]
-
-
 def open_folder(run: Run) -> None:
-    """Go on from the folder's checkpoint, if there is one; with --restart, delete it and the rest
-    of the run, but not what a flag names. UserError if the checkpoint is of another run or damaged,
-    or the folder in use or not to be written to."""
-    cfg, folder, images = run.cfg, run.folder, run.loader.images
-    named = {Path(x).resolve() for x in vars(cfg).values() if isinstance(x, str)}  # by a flag
-    run.identity = dataclasses.asdict(cfg) | {  # what a run has in common with one it resumes
-        "precision": run.precision, "images": len(images),
-        "class names (checksum)": zlib.crc32(os.fsencode("/".join(images.classes))),
+    """Locks the run's folder and goes on from its checkpoint, if it holds one. UserError if the
+    folder is in use or cannot be written to, or the checkpoint is damaged or of another run."""
+    cfg, folder = run.cfg, run.folder
+    images, file = run.loader.images, folder / CHECKPOINT
+    settings = dataclasses.asdict(cfg)
+    classes = "/".join(getattr(images, "classes", []))
+    # What a run has in common with the one that it resumes.
+    run.identity = {name: value for name, value in settings.items() if name not in cfg.may_change}
+    run.identity |= {
+        "script": run.script, "precision": run.precision, "number of images": len(images),
+        "checksum of class names": zlib.crc32(os.fsencode(classes)),
         "processes x accumulate": run.world * cfg.accumulate,
     }  # fmt: skip
     if run.rank == 0:
@@ -1318,19 +1210,14 @@ def open_folder(run: Run) -> None:
             raise UserError(f"--out {folder}: another process is training there") from None
         except OSError as error:
             raise UserError(f"--out {folder}: {error}") from error
-        if checkpoints(folder) != run.found:
-            raise UserError(f"--out {folder}: another process has trained there just now")
-    if run.resumes:
-        resume(run)
+    if file.exists() and cfg.restart:
+        run.print(f"--restart: {file} is ignored and will be overwritten")
+    elif file.exists():
+        resume(run, read_checkpoint(file), file)
     if run.world > 1:
         dist.barrier()  # nobody writes before all have read
     if run.rank == 0:
-        patterns = ("*.pt", "*.json", "*.jsonl", "*_[0-9][0-9][0-9][0-9].png")
-        for pattern in patterns if run.found and cfg.restart else ():
-            for path in folder.glob(pattern):
-                if path.resolve() not in named:
-                    path.unlink()
-        write_text(folder / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
+        write_text(folder / "config.json", json.dumps(settings, indent=2) + "\n")
 
 
 def lock(folder: Path):
@@ -1348,42 +1235,25 @@ def lock(folder: Path):
     return file
 
 
-def read_newest(found: list[Path]) -> dict:
-    """The first of the checkpoints `found`. UserError if it is damaged."""
-    try:
-        return read_checkpoint(found[0])
-    except UserError as error:
-        older = f"delete it to go on from {found[1].name}, or " if found[1:] else ""
-        raise UserError(f"{error}; {older}start over with --restart") from None
-
-
-def resume(run: Run) -> None:
-    """Take every state from the run's newest checkpoint, if it is of the same run."""
-    path, saved = run.found[0], read_newest(run.found)
-    if saved.get("script") != run.script:
-        author = saved.get("script", "another program")
-        raise UserError(f"{path} is by {author}, not {run.script}; choose another --out")
-    if not {"identity", "history", "sums", "speed"} <= saved.keys():
-        raise UserError(f"{path} is by another version of {run.script}; use another --out")
-    new, old = run.identity, saved["identity"]
-    differ = [k for k in new | old if k not in RESUMABLE and new.get(k) != old.get(k)]
+def resume(run: Run, saved: dict, file: Path) -> None:
+    """Takes every state from the content of a checkpoint. UserError if it is of another run."""
+    old = saved.get("identity", {})
+    differ = [name for name in run.identity if run.identity[name] != old.get(name)]
     if differ:
-        changes = ", ".join(f"{k} was {old.get(k)}, now {new.get(k)}" for k in differ)
-        raise UserError(f"{path} has other settings: {changes}; use another --out or --restart")
-    for k in ("data", "init_from", "tokenizer"):  # may have moved
-        if new.get(k) and old.get(k) != new[k]:
-            run.print(f"{k} was {old.get(k)}, now {new.get(k)}: taken to be the same")
+        changes = ", ".join(f"{name} was {old.get(name)}, now {run.identity[name]}"
+                            for name in differ)  # fmt: skip
+        raise UserError(f"{file} is of another run: {changes}; use another --out or --restart")
     for name, target in (run.state | {"scaler": run.scaler}).items():
-        load_strictly(target, saved.get(name), path)
-    run.step, run.ended, run.lr, run.speed = (saved[k] for k in ("step", "ended", "lr", "speed"))
-    # Without an epoch that --steps left unfinished.
-    run.history = saved["history"][: run.ended // run.loader.steps]
-    run.sums = {name: (torch.tensor(total, dtype=torch.float64, device=run.device), count)
-                for name, (total, count) in saved["sums"].items()}  # fmt: skip
+        load_strictly(target, saved.get(name), file)
+    run.step, run.counts = saved["step"], saved["counts"]
+    for name, total in saved["sums"].items():
+        run.sums[name] = torch.tensor(total, dtype=torch.float64, device=run.device)
+    # An epoch that --steps cut off has a line in the log, which is written again at its real end.
+    run.history = [line for line in saved["history"] if line["step"] % run.loader.steps == 0]
 
 
 def announce(run: Run) -> None:
-    """Print what is about to happen."""
+    """Prints what is about to happen."""
     cfg, loader, cuda = run.cfg, run.loader, run.device.type == "cuda"
     device = torch.cuda.get_device_name() if cuda else f"cpu ({torch.get_num_threads()} threads)"
     count = sum(p.numel() for p in run.state["model"].parameters()) / 1e6
@@ -1393,23 +1263,23 @@ def announce(run: Run) -> None:
     run.print(
         f"{run.script} · {count:.2f} M parameters · {device} · {run.precision} · "
         f"torch {torch.__version__} · git {git_hash()}\n"
-        f"  data    {cfg.data}: {len(loader.images)} images, {loader.steps} steps an epoch"
-        f"{rest}, {run.total} steps in {cfg.epochs} epochs\n"
+        f"  data    {cfg.data or 'given'}: {len(loader.images)} images, {loader.steps} steps an "
+        f"epoch{rest}, {run.total} steps in {cfg.epochs} epochs\n"
         f"  batch   {cfg.batch_size} = {run.world} processes x {cfg.accumulate} accumulated x "
         f"{loader.micro_batch}\n"
         f"  lr      {run.peak_lr:.3g}{rule}; {run.warmup:g} steps of warm-up\n"
         f"  folder  {run.folder}" + (f", resumed after step {run.step}" if run.step else "")
     )
-    if run.step >= run.last_step and run.ended == run.step:
+    if run.step >= run.last_step:
         more = "--restart starts over" if run.step == run.total else "without --steps it goes on"
         run.print(f"nothing left to do: step {run.step} is done; {more}")
     if getattr(cfg, "knn_every", 0) and run.val is None:
-        run.print("  no kNN: that takes labels, class folders in train/ and val/")
+        run.print("  no kNN, because it needs labels: class folders in train/ and val/")
 
 
 def catch_signals(run: Run) -> None:
     """From now on SIGTERM and Ctrl-C only ask the run to stop; `entry_point` ends this. A second
-    one ends it at once; not if there are other processes, as launchers send several."""
+    one ends it at once, unless there are other processes: launchers send several."""
 
     def remember(number: int, frame) -> None:
         Run.caught = number
@@ -1421,55 +1291,72 @@ def catch_signals(run: Run) -> None:
     with suppress(ValueError):  # not the main thread
         for number in (signal.SIGTERM, signal.SIGINT):
             if signal.getsignal(number) != signal.SIG_IGN:
-                Run.handlers.setdefault(number, signal.signal(number, remember))
+                signal.signal(number, remember)
 
 
-def save_or_stop(run: Run, end: int, seconds: float) -> int:
-    """Between two steps, which take so many seconds: save if it is time, save and stop if a signal
-    came; all processes do the same. UserError, and all files stay as they are, if weights are not
-    finite. Returns in how many steps to look again, as that waits for the GPU: in 20, or in about
-    five seconds."""
+def outlive_signals(worker: int) -> None:
+    """In a loader's worker process: a signal that a whole process group gets is for the run, which
+    still needs the worker to finish its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers() -> None:
+    """At exit, multiprocessing would end a loader's workers by SIGTERM, which they ignore."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report an error
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
+def save_or_stop(run: Run, encoder: ViT | None = None, save_now: bool = False) -> None:
+    """Between two steps: saves if it is time, saves and stops if a signal came; all processes do
+    the same. UserError, and all files stay as they are, if a weight is not finite."""
     late = time.monotonic() - run.saved > 60 * run.cfg.save_minutes
-    wishes = torch.tensor([run.caught, late, seconds], device=run.device)
+    wishes = torch.tensor([Run.caught, save_now or late], device=run.device)
     if run.world > 1:
         dist.all_reduce(wishes, dist.ReduceOp.MAX)
-    number, late, seconds = wishes.tolist()
-    if run.step == end or number or late:
-        for name, x in run.state.items():
-            if isinstance(x, nn.Module):
-                average_statistics(x)
-                if not all(v.isfinite().all() for v in (*x.parameters(), *x.buffers())):
-                    raise not_finite(run, {name: math.nan})
-    if number or late:
-        save(run)
+    number, must_save = wishes.tolist()
+    if number or must_save:
+        check_weights(run)
+        save(run, encoder)
     if number:
         again = "run the same command again, without --restart, to go on"
         run.print(f"stopped after step {run.step}; {again}")
-        sys.exit(128 + int(number))
-    return 1 if run.device.type == "cpu" else max(1, min(20, int(5 / seconds)))
+        sys.exit(128 + number)
 
 
-def save(run: Run, encoder: ViT | None = None) -> None:
-    """metrics.jsonl, encoder.pt if there is an encoder, and last checkpoint.pt."""
+def check_weights(run: Run) -> None:
+    """Gives all processes the same BatchNorm statistics. UserError if a weight is not finite."""
+    for name, module in run.state.items():
+        if isinstance(module, nn.Module):
+            average_statistics(module)
+            finite = [x.isfinite().all() for x in (*module.parameters(), *module.buffers())]
+            if not torch.stack(finite).all():
+                raise not_finite(run, {name: math.nan})
+
+
+def save(run: Run, encoder: ViT | None) -> None:
+    """Writes metrics.jsonl, encoder.pt if there is an encoder, and last checkpoint.pt."""
     run.saved = time.monotonic()
     if run.rank == 0:
-        config, states = dataclasses.asdict(run.cfg), run.state | {"scaler": run.scaler}
-        content = {k: x.state_dict() for k, x in states.items()}
-        content |= {k: getattr(run, k) for k in ("script", "identity", "step", "ended", "history")}
-        content |= {"config": config, "lr": run.lr, "speed": run.speed,
-                    "sums": {k: (float(total), n) for k, (total, n) in run.sums.items()}}
+        config = dataclasses.asdict(run.cfg)
+        content = {k: x.state_dict() for k, x in (run.state | {"scaler": run.scaler}).items()}
+        content |= {"identity": run.identity, "config": config, "step": run.step,
+                    "history": run.history, "counts": run.counts,
+                    "sums": {name: float(total) for name, total in run.sums.items()}}  # fmt: skip
         lines = "".join(json.dumps(line) + "\n" for line in run.history)
         write_text(run.folder / "metrics.jsonl", lines)
         if encoder:
             save_encoder(run.folder / "encoder.pt", encoder, config)
-        file, before = run.folder / CHECKPOINT, run.folder / PREVIOUS
-        write_atomically(file, lambda f: torch.save(content, f), keep=before)
+        write_atomically(run.folder / CHECKPOINT, lambda file: torch.save(content, file))
     if run.world > 1:
         dist.barrier()  # a process that ends early makes launchers kill the others
 
 
 def not_finite(run: Run, means: dict[str, float]) -> UserError:
-    """What to say when training has failed."""
+    """The error for a training that has failed."""
     last, terms = run.folder / CHECKPOINT, ", ".join(f"{k} {x:g}" for k, x in means.items())
     last = f"last good checkpoint: {last} (--init-from it, with a new --out)" if last.exists() \
         else "no checkpoint yet"
@@ -1479,37 +1366,15 @@ def not_finite(run: Run, means: dict[str, float]) -> UserError:
     )
 
 
-def finish(run: Run) -> None:
-    """Say what was left out, what came out, and what to do next."""
-    say_unreadable(run.loader.images, run.val)
-    run.print(f"encoder.pt, logs and pictures, if any, are in {run.folder}")
-    if run.val is not None:
-        run.print(f"next: python eval_linear.py {run.folder} --baseline")
-
-
-def say_unreadable(*sets: Images | None) -> None:
-    """How many images could not be read, by any of the processes."""
-    for images in filter(None, sets):
-        found = [images.unreadable.nonzero()[:, 0].tolist()]
-        if dist.is_initialized():
-            found *= dist.get_world_size()
-            dist.all_gather_object(found, found[0])
-        count = len(set(itertools.chain(*found)))
-        if count and int(os.environ.get("RANK", 0)) == 0:
-            print(f"skipped {count} unreadable of {len(images)} images; others stood in")
-
-
-def write_atomically(path: Path, write, keep: Path | None = None) -> None:
-    """write(file) to a temporary name, then rename: `path` is whole at every moment. The one before
-    is kept as `keep`, if given. UserError if the disk is full or the folder read-only."""
+def write_atomically(path: Path, write) -> None:
+    """Calls write(file) for a temporary name, then renames it: `path` is whole at every moment.
+    UserError if the disk is full or the folder read-only."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        if keep and path.exists():
-            os.replace(path, keep)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # RuntimeError is torch.save's for a full disk
         with suppress(OSError):
@@ -1534,30 +1399,60 @@ def git_hash() -> str:
 # ------------------------------------------------------------------------------ kNN, validation
 
 
-def nearest_neighbours(train_features: Tensor, test_features: Tensor, k: int):
-    """Cosines (N, k), largest first, and indices (N, k) of the k of the training features (M, D),
-    or all if they are fewer, that are nearest by cosine to each of (N, D). Memory does not grow
-    with N x M."""
-    train, k = F.normalize(train_features, dim=1).T, min(k, len(train_features))
-    chunks = test_features.split(max(1, (1 << 26) // len(train_features)))  # 256 MB of cosines
-    found = [(F.normalize(chunk, dim=1) @ train).topk(k, dim=1) for chunk in chunks]
-    return tuple(torch.cat(x) for x in zip(*found, strict=True))
+def evenly_spaced(images: Dataset, limit: int | None = None) -> list[int]:
+    """Indices of all images, or of at most `limit`, in order. Where only a part of a data set has
+    labels, its attribute `labelled` lists that part, and the limited choice is made from it."""
+    index = range(len(images))
+    if limit:
+        index = getattr(images, "labelled", index)
+    count = min(limit or len(index), len(index))
+    return [int(index[int(i)]) for i in np.linspace(0, len(index) - 1, count)]
 
 
-def knn_votes(cosine: Tensor, labels: Tensor, num_classes: int, temperature: float = 0.07):
-    """Votes (N, num_classes) of neighbours with these cosines (N, k) and labels (N, k): each adds
-    exp(cosine / temperature) to its class (Wu et al. 2018, as in DINO)."""
-    votes = torch.zeros(len(labels), num_classes, device=labels.device)
-    return votes.scatter_add_(1, labels, (cosine / temperature).exp())
+def example_images(images: Dataset, augment, device, count: int = 8) -> Tensor:
+    """(count, 3, size, size), normalised: the same images every time, for pictures."""
+    views = Views(images, augment)
+    imgs = torch.stack([views[i][0] for i in evenly_spaced(images, count)])
+    return normalize(imgs.to(device))
 
 
-def knn_scores(train_features: Tensor, train_labels: Tensor, test_features: Tensor, k: int = 20,
-               temperature: float = 0.07, num_classes: int | None = None) -> Tensor:
-    """The votes (N, num_classes) of the k nearest training features. train_features (M, D),
-    train_labels (M,), test_features (N, D)."""
-    cosine, index = nearest_neighbours(train_features, test_features, k)
-    num_classes = num_classes or int(train_labels.max()) + 1
-    return knn_votes(cosine, train_labels[index], num_classes, temperature)
+@torch.no_grad()
+def outputs(run: Run, model: nn.Module, forward, images: Dataset, augment,
+            limit: int | None = None) -> tuple[Tensor, Tensor]:
+    """forward(imgs) (N, ...) in fp32 and the labels (N,) of all images, or of `limit`, in order.
+    `model` is in eval mode meanwhile. Each process does a share of the work and gets all results;
+    some do an image twice, so that all shares are equal."""
+    index, training, parts = evenly_spaced(images, limit), model.training, []
+    each = math.ceil(len(index) / run.world)
+    share = [index[(run.rank + i * run.world) % len(index)] for i in range(each)]
+    batches = [share[i : i + 250] for i in range(0, each, 250)]
+    model.eval()
+    for imgs, labels in data_loader(run, Views(images, augment), batches):
+        with run.autocast():
+            result = forward(normalize(imgs.to(run.device)))
+        parts.append((result.float(), labels.to(run.device)))
+    model.train(training)
+    results, labels = (gather(torch.cat(part)) for part in zip(*parts, strict=True))
+    # Process r has the images r, r + world, ... of the list.
+    results, labels = (x.transpose(0, 1).flatten(0, 1)[: len(index)] for x in (results, labels))
+    return results, labels
+
+
+def knn_scores(train: Tensor, labels: Tensor, test: Tensor, num_classes: int, ks=(20,),
+               temperature: float = 0.07) -> dict[int, Tensor]:
+    """For each k of `ks` the votes (N, num_classes) of the k training features (M, D), with labels
+    (M,), that are nearest by cosine to each of the test features (N, D). A neighbour adds
+    exp(cosine / temperature) to its class (Wu et al. 2018, as in DINO). Memory does not grow with
+    N x M."""
+    train, votes = F.normalize(train, dim=1).T, {k: [] for k in ks}
+    for chunk in test.split(max(1, (1 << 26) // len(labels))):  # 256 MB of cosines
+        cosines = F.normalize(chunk, dim=1) @ train
+        cosines, index = cosines.topk(min(max(ks), len(labels)), dim=1)
+        weights, classes = (cosines / temperature).exp(), labels[index]
+        for k in ks:
+            empty = torch.zeros(len(chunk), num_classes, device=test.device)
+            votes[k].append(empty.scatter_add(1, classes[:, :k], weights[:, :k]))
+    return {k: torch.cat(parts) for k, parts in votes.items()}
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
@@ -1567,38 +1462,20 @@ def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
     return {"top1": round(100 * top1, 2), "top5": round(100 * top5, 2)}
 
 
-@torch.no_grad()
-def collect(model: nn.Module, forward, batches) -> tuple[Tensor, Tensor]:
-    """forward(imgs) (N, ...) fp32 and labels (N,) of batches (imgs, labels); eval mode."""
-    training = model.training
-    model.eval()
-    parts = [(forward(imgs).float(), labels) for imgs, labels in batches]
-    model.train(training)
-    return tuple(torch.cat(x) for x in zip(*parts, strict=True))
-
-
-def outputs(run: Run, model: nn.Module, forward, images: Images, size: int, limit=None, view=None):
-    """What `collect` gives of the images of `eval_batches`, in their order: each process does a
-    part, and gets all."""
-    batches = eval_batches(images, size, run.device, limit, run.cfg.workers, view=view)
-    with run.autocast():
-        results = [gather_rows(x) for x in collect(model, forward, batches)]
-    # Process r had images r, r + world, ...
-    order = torch.cat([torch.arange(r, len(results[1]), run.world) for r in range(run.world)])
-    return tuple(x[order.argsort().to(x.device)] for x in results)
-
-
 def knn_monitor(run: Run, encoder: ViT) -> dict[str, float]:
-    """Top-1 in % of weighted 20-NN on the cls feature, and of the nearest neighbour, 1000
-    validation images among 5000 training images. eval_linear.py --mode knn uses all."""
+    """Top-1 in % of weighted 20-NN on the class token, and of the nearest neighbour, for 1000
+    validation images among 5000 training images. An evaluation with all images is more exact."""
+    crop = CentreCrop(run.cfg.img_size)
 
-    def features(images: Images, limit: int) -> tuple[Tensor, Tensor]:
-        size = run.cfg.img_size
-        return outputs(run, encoder, lambda imgs: encoder(imgs)[:, 0], images, size, limit)
+    def features(images: Dataset, limit: int) -> tuple[Tensor, Tensor]:
+        return outputs(run, encoder, lambda imgs: encoder(imgs)[:, 0], images, crop, limit)
 
-    train, (test, labels) = features(run.loader.images, 5000), features(run.val, 1000)
-    ks = {"knn": 20, "retrieval_1nn": 1}
-    return {x: accuracy(knn_scores(*train, test, k), labels)["top1"] for x, k in ks.items()}
+    train, labels = features(run.loader.images, 5000)
+    test, test_labels = features(run.val, 1000)
+    num_classes = len(run.val.classes)
+    votes = knn_scores(train, labels, test, num_classes, ks=(1, 20))
+    return {"knn": accuracy(votes[20], test_labels)["top1"],
+            "retrieval_1nn": accuracy(votes[1], test_labels)["top1"]}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------ pictures

@@ -684,7 +684,8 @@ def build_adversary(cfg: Config) -> Adversary:
 
 
 @common.entry_point
-def main(cfg: Config) -> None:
+def main(cfg: Config, data=None) -> None:
+    """`data`: (training images, validation images or None), torch Datasets; None loads cfg.data."""
     run = common.Run(cfg)
     model = build(cfg).to(run.device)
     if cfg.init_from and not run.resumes:
@@ -696,9 +697,9 @@ def main(cfg: Config) -> None:
         d_optimizer = common.adamw(adversary.discriminator, 0.0, cfg.disc_lr)
         state |= dict(adversary=adversary, d_optimizer=d_optimizer)
 
-    train, val = common.pretraining_images(cfg, run.device)
-    loader = common.TrainLoader(train, cfg, run, common.RandomCrop(cfg.img_size, cfg.min_crop))
-    examples = common.example_images(val or train, cfg.img_size, run.device)
+    train, val = data or common.load_pair(cfg)
+    loader = common.TrainLoader(run, train, common.RandomCrop(cfg.img_size, cfg.min_crop))
+    examples = common.example_images(val or train, common.CentreCrop(cfg.img_size), run.device)
     picture = functools.partial(reconstruct, model, examples, norm_pix=plain and cfg.norm_pix)
     run.start(loader, val, **state)
     ddp = run.wrap(model)
@@ -728,7 +729,6 @@ def main(cfg: Config) -> None:
             run.update(optimizer)
         results = dict(ada_p=adversary.augment.p) if with_d and adversary.ada else {}
         run.end_epoch(model.encoder, picture, **results)
-    common.finish(run)
 
 
 if __name__ == "__main__":

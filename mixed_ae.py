@@ -69,7 +69,6 @@ Known deviations
     no autocast in the contrastive loss                 none but accuracy (on a GPU, TF32's)
 """
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -354,7 +353,8 @@ def build(cfg: Config) -> MixedAE:
 
 
 @common.entry_point
-def main(cfg: Config) -> None:
+def main(cfg: Config, data=None) -> None:
+    """`data`: (training images, validation images or None), torch Datasets; None loads cfg.data."""
     run = common.Run(cfg)
     model = build(cfg).to(run.device)
     parts = f"{run.world} processes x --accumulate {cfg.accumulate} x groups of {model.group_size}"
@@ -364,10 +364,11 @@ def main(cfg: Config) -> None:
         common.init_from(cfg.init_from, model)
     optimizer = common.adamw(model, cfg.weight_decay)
 
-    train, val = common.pretraining_images(cfg, run.device)
-    loader = common.TrainLoader(train, cfg, run, common.RandomCrop(cfg.img_size, cfg.min_crop))
-    shown = functools.partial(common.example_images, val or train, cfg.img_size, run.device)
-    examples, held_out = shown(), shown(count=240)
+    train, val = data or common.load_pair(cfg)
+    loader = common.TrainLoader(run, train, common.RandomCrop(cfg.img_size, cfg.min_crop))
+    crop = common.CentreCrop(cfg.img_size)
+    examples = common.example_images(val or train, crop, run.device)
+    held_out = common.example_images(val or train, crop, run.device, count=240)
     run.start(loader, val, model=model, optimizer=optimizer)
     ddp = run.wrap(model)
     for _ in run.epochs():
@@ -381,7 +382,6 @@ def main(cfg: Config) -> None:
             run.update(optimizer)
         results = recognition(model, held_out)
         run.end_epoch(model.encoder, picture=lambda: reconstruct(model, examples), **results)
-    common.finish(run)
 
 
 if __name__ == "__main__":

@@ -91,6 +91,8 @@ import common
 
 @dataclass
 class Config(common.Config):
+    may_change = (*common.Config.may_change, "tokenizer")
+
     mask_ratio: float = 0.5  # share of hidden patches in the masked pass
     mim_weight: float = 1.0  # of the loss of the masked pass; 0 is the supervised baseline
     target: Literal["tokens", "pixels"] = "tokens"  # pixels: MAE's, for comparison
@@ -323,7 +325,7 @@ class VQTokenizer(nn.Module):
         even = count.sum() / len(count)  # if all codes were used alike
         dead = self.usage < 0.1 * even  # at the very first, nearly all of them
         if dead.any():
-            rows, needed = common.gather_rows(z), int(dead.sum())
+            rows, needed = common.gather(z).flatten(0, 1), int(dead.sum())
             # The same rows in every process; more than once if there are too few.
             generator = common.seeded("restart", int(self.updates))
             order = torch.randperm(max(needed, len(rows)), generator=generator)[:needed]
@@ -348,7 +350,7 @@ def perplexity(ids: Tensor, codebook_size: int) -> tuple[float, float]:
 # ------------------------------------------------------------------------------ training it
 
 
-def measure_tokenizer(run: common.Run, tokenizer: VQTokenizer, images: common.Images) -> dict:
+def measure_tokenizer(run: common.Run, tokenizer: VQTokenizer, images) -> dict:
     """psnr, perplexity and codes_used on 1000 images."""
 
     def measure(imgs: Tensor) -> Tensor:  # (B, 1+L): psnr, then ids
@@ -358,7 +360,8 @@ def measure_tokenizer(run: common.Run, tokenizer: VQTokenizer, images: common.Im
     def in_parts(imgs: Tensor) -> Tensor:  # for large images need much memory
         return torch.cat([measure(part) for part in imgs.split(32)])
 
-    numbers, _ = common.outputs(run, tokenizer, in_parts, images, run.cfg.img_size, limit=1000)
+    crop = common.CentreCrop(run.cfg.img_size)
+    numbers, _ = common.outputs(run, tokenizer, in_parts, images, crop, limit=1000)
     even, used = perplexity(numbers[:, 1:].long(), len(tokenizer.codebook))
     return dict(psnr=numbers[:, 0].mean().item(), perplexity=even, codes_used=used)
 
@@ -394,7 +397,7 @@ def restore_tokenizer(content: dict, file: Path, cfg: Config, compare: bool) -> 
     return tokenizer
 
 
-def train_tokenizer(run: common.Run, train: common.Images, val: common.Images | None, file: Path):
+def train_tokenizer(run: common.Run, train, val, file: Path) -> VQTokenizer:
     """A tokenizer for `run`, trained in the folder of `file`, or there trained on."""
     cfg, parts = run.cfg, run.world * run.cfg.accumulate
     same = ("data", "data_dir", "img_size", "patch_size", "min_crop", "accumulate", "workers",
@@ -407,12 +410,12 @@ def train_tokenizer(run: common.Run, train: common.Images, val: common.Images | 
         clip_grad=1.0, weight_decay=1e-4, recon_every=5, knn_every=0,
     )  # fmt: skip
     run = common.Run(cfg)
-    if train.pixels is not None:  # RandAugment wants them in main memory, the tokenizer does not
-        train = common.Images(train.labels, train.classes, train.pixels.to(run.device))
+    if cfg.restart:
+        file.unlink(missing_ok=True)  # a run that is started now must not take the old one
     tokenizer = build_tokenizer(cfg).to(run.device)
     optimizer = common.adamw(tokenizer, cfg.weight_decay)
-    loader = common.TrainLoader(train, cfg, run, common.RandomCrop(cfg.img_size, cfg.min_crop))
-    examples = common.example_images(val or train, cfg.img_size, run.device)
+    loader = common.TrainLoader(run, train, common.RandomCrop(cfg.img_size, cfg.min_crop))
+    examples = common.example_images(val or train, common.CentreCrop(cfg.img_size), run.device)
     run.print(f"tokenizer, {cfg.epochs} epochs (--tokenizer FILE takes a finished one):")
     run.start(loader, model=tokenizer, optimizer=optimizer)
     ddp = run.wrap(tokenizer, compile=False)  # its codebook changes at every step
@@ -447,20 +450,6 @@ def decoded(tokenizer: VQTokenizer, imgs: Tensor) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------ training
 
 
-def training_images(cfg: Config, device) -> tuple[common.Images, common.Images | None]:
-    """Training and validation images. UserError if they have no labels: only a tokenizer does
-    without."""
-    place = "cpu" if cfg.randaug else device  # RandAugment works in the loader's processes
-    train, val = (
-        common.load_images(cfg.data, split, cfg.img_size, cfg.data_dir, place)
-        for split in ("train", "val")
-    )
-    if not cfg.train_tokenizer and (val is None or not train.classes or not val.classes):
-        mistake = f"--data {cfg.data} lacks labels, which this method needs"
-        raise common.UserError(f"{mistake}: class folders in train/ and val/")
-    return train, val
-
-
 class Augment:
     """A random crop, changed by RandAugment; if `clean`, also as it was, as a second view."""
 
@@ -469,10 +458,10 @@ class Augment:
         bilinear = v2.InterpolationMode.BILINEAR
         self.change = v2.RandAugment(2, magnitude, interpolation=bilinear, fill=fill)
 
-    def __call__(self, imgs: Tensor, index: Tensor) -> tuple[Tensor, ...]:
-        (crops,) = self.crop(imgs, index)
-        changed = torch.stack([self.change(img) for img in crops])
-        return (changed, crops) if self.clean else (changed,)
+    def __call__(self, image: Tensor, label, index: int) -> tuple:
+        crop, label = self.crop(image, label, index)
+        changed = self.change(crop)
+        return (changed, crop, label) if self.clean else (changed, label)
 
 
 @torch.no_grad()
@@ -491,13 +480,14 @@ def reconstruct(model: SupervisedMIM, tokenizer: VQTokenizer | None, imgs: Tenso
     }  # fmt: skip
 
 
-def validate(run: common.Run, model: SupervisedMIM, val: common.Images, classes: list[str]) -> dict:
+def validate(run: common.Run, model: SupervisedMIM, val, classes: list[str]) -> dict:
     """At an epoch's end: validation top-1, if it is due. Saves encoder and head under timm's names,
     the numbers that rebuild the ViT, and class names, once more if this is the best so far."""
     results, names = {}, ["classifier.pt"]
     if run.due(run.cfg.knn_every):
-        scores = common.outputs(run, model, model.classify, val, run.cfg.img_size)
-        top1 = common.accuracy(*scores)["top1"]
+        crop = common.CentreCrop(run.cfg.img_size)
+        scores, labels = common.outputs(run, model, model.classify, val, crop)
+        top1 = common.accuracy(scores, labels)["top1"]
         best = max((epoch.get("best_top1", -1.0) for epoch in run.history), default=-1.0)
         results = dict(val_top1=top1, best_top1=max(top1, best))
         names += ["classifier.best.pt"] if top1 > best else []
@@ -525,12 +515,14 @@ def build(cfg: Config, num_classes: int) -> SupervisedMIM:
 
 
 @common.entry_point
-def main(cfg: Config) -> None:
+def main(cfg: Config, data=None) -> None:
+    """`data`: (training, validation) images with labels, torch Datasets; None loads cfg.data."""
     run = common.Run(cfg)
     file = own = run.folder / "tokenizer" / "tokenizer.pt"
     tokenizer = None
     if cfg.takes_tokens and run.resumes:  # first, as data may take long
-        file, content = run.found[0], common.read_newest(run.found)
+        file = run.folder / common.CHECKPOINT
+        content = common.read_checkpoint(file)
         if "tokenizer" in content:
             tokenizer = restore_tokenizer(content, file, cfg, compare=False)
         else:
@@ -541,28 +533,32 @@ def main(cfg: Config) -> None:
         tokenizer = restore_tokenizer(content, file, cfg, compare=not cfg.tokenizer)
     if cfg.tokenizer and tokenizer:
         run.cfg = cfg = dataclasses.replace(cfg, codebook_size=len(tokenizer.codebook))
-    train, val = training_images(cfg, run.device)
+    train, val = data or common.load_pair(cfg, "train")
     if cfg.train_tokenizer:
         train_tokenizer(run, train, val, own)
         return
-    model = build(cfg, len(train.classes)).to(run.device)
+    classes = common.shared_classes(train, val)
+    if not classes:
+        raise common.UserError(f"--data {cfg.data} lacks labels, which this method needs: class "
+                               "folders in train/ and val/")  # fmt: skip
+    model = build(cfg, len(classes)).to(run.device)
     if cfg.init_from and not run.resumes:
         common.init_from(cfg.init_from, model)
     optimizer = common.adamw(model, cfg.weight_decay, betas=(0.9, 0.999))
 
     crop = common.RandomCrop(cfg.img_size, cfg.min_crop)
     augment = Augment(crop, cfg.randaug, clean=cfg.mim_weight > 0) if cfg.randaug else crop
-    loader = common.TrainLoader(train, cfg, run, augment, single=cfg.randaug > 0)
+    loader = common.TrainLoader(run, train, augment)
     if cfg.mixup and loader.micro_batch < 2:
         raise common.UserError("mixup takes 2 images in a micro-batch: a larger --batch-size, "
                                "or less --accumulate")  # fmt: skip
-    mixup = v2.MixUp(alpha=cfg.mixup, num_classes=len(train.classes)) if cfg.mixup else None
+    mixup = v2.MixUp(alpha=cfg.mixup, num_classes=len(classes)) if cfg.mixup else None
     state = dict(model=model, optimizer=optimizer)
     if cfg.takes_tokens:  # trained last, as it takes long: mistakes in flags have come out by now
         tokenizer = tokenizer or train_tokenizer(run, train, val, own)
         state |= dict(tokenizer=tokenizer.to(run.device).eval().requires_grad_(False))
         run.print(f"{len(tokenizer.codebook)} codes, {tokenizer.grid} tokens an image, of {file}")
-    examples = common.example_images(val, cfg.img_size, run.device)
+    examples = common.example_images(val, common.CentreCrop(cfg.img_size), run.device)
     picture = model.decoder and functools.partial(reconstruct, model, tokenizer, examples)
     run.start(loader, val, **state)
     ddp = run.wrap(model)
@@ -579,8 +575,7 @@ def main(cfg: Config) -> None:
                 run.backward(loss)
                 run.log(loss=loss, **stats)
             run.update(optimizer)
-        run.end_epoch(model.encoder, picture, **validate(run, model, val, train.classes))
-    common.finish(run)
+        run.end_epoch(model.encoder, picture, **validate(run, model, val, classes))
 
 
 if __name__ == "__main__":
