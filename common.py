@@ -936,6 +936,8 @@ class ImageFiles(ImageFolder):
         return self.given, {name: number for number, name in enumerate(self.given)}
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        if index >= len(self):
+            raise IndexError(index)  # so that a loop over the data set ends
         for i in range(index, index + len(self)):
             path, label = self.samples[i % len(self)]
             try:

@@ -1,7 +1,8 @@
-"""Images, crops and loaders against torchvision and slow versions."""
+"""Data sets, crops and loaders against torchvision, Pillow and slow versions."""
 
 import os
 import pickle
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,22 +10,32 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import in_processes, write_images
+from conftest import METHODS, in_processes, mistake, settings, weights, write_images
 from PIL import Image
-from torch.nn import functional as F
+from torch.utils.data import Dataset, Subset, TensorDataset
 from torchvision.transforms import v2
 
 import common
+import eval_linear
 from common import UserError
 
+CPU = torch.device("cpu")
 
-def make_loader(images, batch_size=8, accumulate=1, rank=0, world=1, workers=0,
-                augment=None, single=False):
-    cfg = SimpleNamespace(batch_size=batch_size, accumulate=accumulate, seed=0, data="x",
-                          workers=workers)  # fmt: skip
-    run = SimpleNamespace(rank=rank, world=world, device=torch.device("cpu"))
-    augment = augment or common.RandomCrop(16, 0.2)
-    return common.TrainLoader(images, cfg, run, augment, single)
+
+def make_run(batch_size=8, accumulate=1, rank=0, world=1, workers=0):
+    """What a loader reads of a run."""
+    cfg = SimpleNamespace(batch_size=batch_size, accumulate=accumulate, seed=0, workers=workers)
+    return SimpleNamespace(cfg=cfg, rank=rank, world=world, device=CPU)
+
+
+def make_loader(images, augment=None, **options):
+    return common.TrainLoader(make_run(**options), images, augment or common.RandomCrop(16, 0.2))
+
+
+def shapes(count: int, size: int) -> TensorDataset:
+    images = TensorDataset(*common.draw_shapes(count, size, 0))
+    images.classes = list(common.SHAPES)
+    return images
 
 
 def test_shapes_are_reproducible_balanced_and_not_given_away_by_colour():
@@ -40,59 +51,78 @@ def test_shapes_are_reproducible_balanced_and_not_given_away_by_colour():
     assert (labels[:1000][nearest] == labels[1000:]).float().mean() < 0.2
 
 
-@pytest.mark.parametrize("height, width, size", [(32, 32, 32), (20, 31, 24), (40, 24, 8)])
-def test_crop_resize_equals_torch_on_each_crop(height, width, size):
-    g = torch.Generator().manual_seed(0)
-    imgs = torch.randint(0, 256, (40, 3, height, width), generator=g).to(torch.uint8)
+# ------------------------------------------------------------------------------ crops
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (20, 61)])
+def test_the_random_crop_is_torchvision_s_composition(height, width):
+    """The same random numbers give the same pixels; about half of the crops are flipped."""
+    image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+    ours, flips = common.RandomCrop(24, 0.3), 0
+    bicubic = v2.InterpolationMode.BICUBIC
+    theirs = v2.RandomResizedCrop(24, scale=(0.3, 1.0), interpolation=bicubic, antialias=True)
+    for seed in range(200):
+        torch.manual_seed(seed)
+        got, label = ours(image, 7, 0)
+        torch.manual_seed(seed)
+        expected = theirs(image)
+        if torch.rand(1) < 0.5:
+            expected, flips = expected.flip(2), flips + 1
+        assert torch.equal(got, expected) and label == 7 and got.dtype == torch.uint8
+    assert 70 < flips < 130
+
+
+def test_pixels_of_a_crop_are_pillow_s_to_one_grey_level():
+    image = common.draw_shapes(1, 40, seed=0)[0][0, :, :, 8:32]
+    crop = common.RandomCrop(32, 0.1)
+    for seed in range(40):
+        torch.manual_seed(seed)
+        got, _ = crop(image, 0, 0)
+        torch.manual_seed(seed)
+        top, left, h, w = v2.RandomResizedCrop.get_params(image, [0.1, 1.0], [3 / 4, 4 / 3])
+        picture = v2.functional.to_pil_image(image).crop((left, top, left + w, top + h))
+        expected = v2.functional.pil_to_tensor(picture.resize((32, 32), Image.BICUBIC))
+        expected = expected.flip(2) if torch.rand(1) < 0.5 else expected
+        assert (got.int() - expected.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("height, width, scale", [(32, 32, 0.2), (20, 60, 0.5)])
+def test_crops_are_distributed_as_the_definition_says(height, width, scale):
+    """Against a slow version: uniform area, log-uniform aspect, the first of ten tries to fit."""
+    rng, crop = np.random.default_rng(0), common.RandomCrop(8, scale)
     torch.manual_seed(0)
-    boxes = common.sample_crops(40, height, width, (0.1, 1.0))
-    flip = torch.rand(40, generator=g) < 0.5
-    got = common.crop_resize(imgs, boxes, size, flip)
-    for i, (top, left, h, w) in enumerate(boxes.tolist()):
-        crop = imgs[i : i + 1, :, top : top + h, left : left + w].float()
-        expected = F.interpolate(crop, (size, size), mode="bicubic", antialias=True).clamp(0, 255)
-        expected = expected.flip(3) if flip[i] else expected
-        torch.testing.assert_close(got[i : i + 1], expected, atol=2e-3, rtol=0)
-
-
-@pytest.mark.parametrize("height, width, size", [(32, 32, 32), (20, 31, 24), (40, 24, 8)])
-def test_crop_resize_of_one_uint8_image_equals_pillow_s(height, width, size):
-    torch.manual_seed(0)
-    imgs = torch.randint(0, 256, (20, 1, 3, height, width), dtype=torch.uint8)
-    boxes = common.sample_crops(20, height, width, (0.1, 1.0))
-    for img, box, flip in zip(imgs, boxes, torch.arange(20) % 2 == 0, strict=True):
-        got = common.crop_resize(img, box[None], size, flip[None])
-        top, left, h, w = box.tolist()
-        picture = v2.functional.to_pil_image(img[0]).crop((left, top, left + w, top + h))
-        expected = v2.functional.pil_to_tensor(picture.resize((size, size), Image.BICUBIC))
-        expected = expected.flip(2) if flip else expected
-        assert got.dtype == torch.uint8
-        difference = (got[0].int() - expected.int()).abs()  # both round twice
-        assert difference.max() <= 2 and difference.float().mean() < 0.1
-
-
-@pytest.mark.parametrize("height, width, scale", [(32, 32, (0.2, 1.0)), (20, 60, (0.5, 1.0))])
-def test_crops_are_distributed_as_torchvision_s(height, width, scale):
-    torch.manual_seed(0)
-    ours = common.sample_crops(8000, height, width, scale).double()
-    image, ratio = torch.zeros(3, height, width), [3 / 4, 4 / 3]
-    params = torchvision.transforms.RandomResizedCrop.get_params
-    theirs = torch.tensor([params(image, list(scale), ratio) for _ in range(8000)]).double()
-    assert (ours[:, :2] >= 0).all() and (ours[:, 2:] > 0).all()
-    assert (ours[:, 0] + ours[:, 2] <= height).all() and (ours[:, 1] + ours[:, 3] <= width).all()
-    error = (ours.var(0) / 8000 + theirs.var(0) / 8000).sqrt()
+    image, expected = torch.zeros(3, height, width, dtype=torch.uint8), []
+    for _ in range(6000):
+        for _ in range(10):
+            area = height * width * rng.uniform(scale, 1)
+            aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+            w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+            if w <= width and h <= height:
+                box = rng.integers(height - h + 1), rng.integers(width - w + 1), h, w
+                break
+        else:  # the largest crop within the aspects, in the middle
+            h, w = min(height, round(width / (3 / 4))), min(width, round(height * (4 / 3)))
+            box = (height - h) // 2, (width - w) // 2, h, w
+        expected.append(box)
+    theirs = torch.tensor(np.array(expected)).double()
+    ours = [list(crop.crop.make_params([image]).values()) for _ in range(6000)]
+    ours = torch.tensor(ours).double()
+    error = (ours.var(0) / 6000 + theirs.var(0) / 6000).sqrt()
     assert ((ours.mean(0) - theirs.mean(0)).abs() < 4.5 * error + 1e-9).all()
     torch.testing.assert_close(ours.std(0), theirs.std(0), rtol=0.06, atol=0.05)
     grid = torch.linspace(0.05, 0.95, 10).double()
     torch.testing.assert_close(ours.quantile(grid, 0), theirs.quantile(grid, 0), atol=1.01, rtol=0)
 
 
-def test_the_fallback_crop_is_torchvision_s():
-    for height, width in ((10, 100), (100, 10)):
-        box = common.sample_crops(1, height, width, (1.0, 1.0))[0].tolist()
-        image = torch.zeros(3, height, width)
-        params = torchvision.transforms.RandomResizedCrop.get_params
-        assert box == list(params(image, [1.0, 1.0], [3 / 4, 4 / 3]))
+def test_the_test_crop_is_pillow_s():
+    image = common.draw_shapes(1, 40, 0)[0][0]
+    crop, label = common.CentreCrop(24)(image, 3, 0)
+    picture = v2.functional.to_pil_image(image).resize((27, 27), Image.BICUBIC)  # 24 * 256 / 224
+    expected = v2.functional.pil_to_tensor(picture.crop((2, 2, 26, 26)))
+    assert label == 3 and (crop.int() - expected.int()).abs().max() <= 1
+    assert common.CentreCrop(40)(image, 3, 0)[0] is image
+    wide, _ = common.CentreCrop(24)(image[:, :20], 3, 0)
+    assert wide.shape == (3, 24, 24)
 
 
 def test_normalize_and_back():
@@ -104,86 +134,90 @@ def test_normalize_and_back():
     torch.testing.assert_close(back, imgs / 255, atol=1e-5, rtol=0)
 
 
+# ------------------------------------------------------------------------------ loaders
+
+
+def numbered(image, label, index):
+    """Two views: the image, and its number in all pixels."""
+    return image, torch.full_like(image, index), label
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_views_and_labels_are_of_the_image_whose_number_they_get(workers, shapes_folder):
+    images, seen = common.load_dataset(str(shapes_folder), "train", 16), []
+    loader = make_loader(images, numbered, workers=workers)
+    for imgs, numbers, labels in loader.batches(0):
+        numbers = (255 * common.denormalize(numbers)).round().long()
+        assert (numbers == numbers[:, :1, :1, :1]).all()
+        for img, i, label in zip(imgs, numbers[:, 0, 0, 0].tolist(), labels, strict=True):
+            expected, expected_label = images[i]
+            expected = common.normalize(v2.functional.pil_to_tensor(expected))
+            assert torch.equal(img, expected) and label == expected_label
+            assert images.classes[label] == Path(images.samples[i][0]).parent.name
+            seen.append(i)
+    assert sorted(seen) == list(range(64)) != seen
+
+
 def test_an_epoch_sees_every_image_once_and_processes_share_it():
-    images = common.load_images("shapes", "val", 16)
-    whole = make_loader(images, batch_size=100)
-    first = list(whole.batches(0))
-    assert len(first) == len(whole.keys) == 40
-    assert sorted(i for _, _, index in whole.keys for i in index) == list(range(4000))
+    images = shapes(200, 16)
+    whole = make_loader(images, numbered, batch_size=100)
+    first = [(255 * common.denormalize(x)).round()[:, 0, 0, 0] for _, x, _ in whole.batches(0)]
+    every = torch.cat(first).long().sort().values
+    assert len(first) == 2 and torch.equal(every, torch.arange(200))
     # Two processes see what one process with two accumulated micro-batches sees.
     one = list(make_loader(images, batch_size=100, accumulate=2).batches(0))
     two = [make_loader(images, batch_size=100, rank=r, world=2).batches(0) for r in range(2)]
     for i, pair in enumerate(zip(*two, strict=True)):
         for (imgs, labels), expected in zip(pair, one[2 * i : 2 * i + 2], strict=True):
             assert torch.equal(imgs, expected[0]) and torch.equal(labels, expected[1])
-    assert not torch.equal(next(whole.batches(40))[1], first[0][1])  # the next epoch
+    again = next(make_loader(images, batch_size=100).batches(2))  # the next epoch
+    assert not torch.equal(again[1], next(make_loader(images, batch_size=100).batches(0))[1])
 
 
-@pytest.mark.parametrize("path", ["memory", "files"])
-def test_a_loader_started_in_mid_epoch_goes_on_where_it_was(path, shapes_folder, monkeypatch):
-    if path == "files":
-        monkeypatch.setattr(common, "RESIDENT_BYTES", 0)
-    images = common.load_images(str(shapes_folder), "train", 16)
-    assert (images.pixels is None) == (path == "files")
-    loader = make_loader(images)
-    every = list(loader.batches(8))  # the second epoch of 8 steps
-    for workers in (0, 2) if path == "files" else (0,):
+def test_a_loader_started_in_mid_epoch_goes_on_where_it_was(shapes_folder):
+    images = common.load_dataset(str(shapes_folder), "train", 16)
+    every = list(make_loader(images).batches(8))  # the second epoch of 8 steps
+    for workers in (0, 2):
         rest = list(make_loader(images, workers=workers).batches(8 + 3))
         assert len(rest) == 5
         for (a, x), (b, y) in zip(every[3:], rest, strict=True):
             assert torch.equal(a, b) and torch.equal(x, y)
 
 
-def test_labels_follow_their_images(shapes_folder, monkeypatch):
-    resident = common.load_images(str(shapes_folder), "train", 16)
-    monkeypatch.setattr(common, "RESIDENT_BYTES", 0)
-    files = common.load_images(str(shapes_folder), "train", 16)
-    for i in range(len(files)):
-        image, label = files.read(i)
-        assert files.classes[label] == Path(os.fsdecode(files.paths[i])).parent.name
-        assert torch.equal(image, resident.pixels[i])
-        assert label == resident.labels[i] == resident.read(i)[1]
-        assert torch.equal(image, resident.read(i)[0])
+def test_crops_are_new_in_every_epoch_and_with_every_seed():
+    images, crop = shapes(8, 32), common.RandomCrop(16, 0.2)
+    first, second, again = (common.Views(images, crop, 0, epoch)[3][0] for epoch in (0, 1, 0))
+    assert torch.equal(first, again) and not torch.equal(first, second)
+    assert not torch.equal(first, common.Views(images, crop, 1, 0)[3][0])
+    same = TensorDataset(images.tensors[0][:1].expand(2, -1, -1, -1), torch.zeros(2))
+    views = common.Views(same, crop)
+    assert not torch.equal(views[0][0], views[1][0])  # the same image twice, different crops
 
 
-def numbered(imgs, index):
-    """Two views: the image, and its number in all pixels."""
-    return imgs, index[:, None, None, None].expand(imgs.shape)
-
-
-@pytest.mark.parametrize("place, single, workers", [
-    ("memory", False, 0), ("memory", True, 0), ("memory", True, 2),
-    ("files", False, 0), ("files", False, 2),
+@pytest.mark.parametrize("cores, processes, expected", [
+    (6, 1, 6), (64, 1, 16), (64, 16, 4), (7, 2, 3), (2, 4, 1),
 ])  # fmt: skip
-def test_views_and_labels_are_of_the_image_whose_number_they_get(
-    place, single, workers, shapes_folder, monkeypatch
+def test_a_gpu_is_by_default_fed_by_as_many_workers_as_there_are_cores(
+    cores, processes, expected, monkeypatch
 ):
-    if place == "files":
-        monkeypatch.setattr(common, "RESIDENT_BYTES", 0)
-    images, seen = common.load_images(str(shapes_folder), "train", 16), []
-    assert (images.pixels is None) == (place == "files")
-    loader = make_loader(images, workers=workers, augment=numbered, single=single)
-    evaluated = common.eval_batches(images, 16, "cpu", workers=workers, view=numbered)
-    for batches in (loader.batches(0), evaluated):
-        seen.append([])
-        for imgs, numbers, labels in batches:
-            numbers = (255 * common.denormalize(numbers)).round().long()
-            assert (numbers == numbers[:, :1, :1, :1]).all()
-            for img, i, label in zip(imgs, numbers[:, 0, 0, 0].tolist(), labels, strict=True):
-                expected, expected_label = images.read(i)
-                assert torch.equal(img, common.normalize(expected)) and label == expected_label
-                seen[-1].append(i)
-    assert seen[1] == list(range(64)) == sorted(seen[0]) != seen[0]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    views = common.Views(shapes(8, 4), common.CentreCrop(4))
+    for device, workers, found in (("cuda", None, expected), ("cpu", None, 0),
+                                   ("cuda", 0, 0), ("cpu", 3, 3)):  # fmt: skip
+        run = make_run(workers=workers)
+        run.device = torch.device(device)
+        assert common.data_loader(run, views, [[0]]).num_workers == found
+    assert common.Config().workers is None
 
 
 def means_of_all(folder) -> None:
     """The mean colours of 601 images, and of 10 of them, to a file of this process."""
-    run, (pixels, labels) = common.Run(common.Config(device="cpu")), common.draw_shapes(601, 8, 0)
-    images = common.Images(labels, list(common.SHAPES), pixels)
-    results = [
-        common.outputs(run, torch.nn.Identity(), lambda x: x.mean(dim=(2, 3)), images, 8, limit)
-        for limit in (None, 10)
-    ]
+    run, images = common.Run(common.Config(device="cpu")), shapes(601, 8)
+    results = []
+    for limit in (None, 10):
+        arguments = torch.nn.Identity(), lambda x: x.mean(dim=(2, 3)), images, common.CentreCrop(8)
+        results.append(common.outputs(run, *arguments, limit))
     torch.save(results, f"{folder}/{run.world}-{run.rank}.pt")
 
 
@@ -196,91 +230,66 @@ def test_outputs_are_in_the_set_s_order_however_many_processes_make_them(tmp_pat
         every, some = torch.load(tmp_path / f"{name}.pt")
         assert torch.equal(every[1], labels)
         torch.testing.assert_close(every[0], means)
-        index = common.evenly_spaced(common.Images(labels, [], pixels), 10)
+        index = common.evenly_spaced(labels, 10)
         assert index[0] == 0 and index[-1] == 600 and torch.equal(some[1], labels[index])
         torch.testing.assert_close(some[0], means[index])
 
 
-def test_loaders_leave_no_files_open(tmp_path):
-    write_images(tmp_path, 4, 16, seed=0, labelled=False)
-    images, counts = common.Images(torch.zeros(4), [], paths=sorted(tmp_path.iterdir())), []
+def test_outputs_leave_the_model_s_mode_as_it_was():
+    run, images, seen = common.Run(common.Config(device="cpu")), shapes(4, 8), []
+    model = torch.nn.Dropout().train()
+
+    def forward(imgs):
+        seen.append(model.training)
+        return imgs[:, 0, 0]
+
+    common.outputs(run, model, forward, images, common.CentreCrop(8))
+    assert seen == [False] and model.training
+
+
+def test_loaders_leave_no_files_open_and_no_workers(shapes_folder):
+    images, counts = common.load_dataset(str(shapes_folder), "val", 16), []
     for workers in (1, *10 * [0], 1, 1):
-        assert len(list(common.eval_batches(images, 16, "cpu", workers=workers))) == 1
+        assert len(list(make_loader(images, workers=workers).batches(0))) == 4
         counts.append(len(os.listdir("/proc/self/fd")))
     assert counts[-1] < counts[0] + 5
-
-
-def test_eval_batches_equal_torchvision_s_test_crop(tmp_path):
-    write_images(tmp_path, 3, 40, seed=0, labelled=False)
-    images = common.load_images(str(tmp_path), "train", 24)
-    got = torch.cat([x for x, _ in common.eval_batches(images, 24, "cpu")])
-    for i, path in enumerate(sorted(tmp_path.iterdir())):
-        image = Image.open(path).resize((27, 27), Image.BICUBIC)  # 27 = 24 * 256 / 224
-        expected = v2.functional.pil_to_tensor(image.crop((2, 2, 26, 26)))
-        difference = common.denormalize(got[i : i + 1])[0] * 255 - expected
-        assert difference.abs().max() < 3 and difference.abs().mean() < 0.5
-    whole = torch.cat([x for x, _ in common.eval_batches(images, 40, "cpu")])
-    torch.testing.assert_close(whole, common.normalize(images.pixels))
-    some = [y for _, y in common.eval_batches(images, 40, "cpu", limit=2)]
-    assert sum(map(len, some)) == 2
+    batches = make_loader(images, workers=2, batch_size=1).batches(0)
+    next(batches)
+    begun = time.monotonic()
+    batches.close()  # in mid-epoch, as when a run is stopped
+    assert time.monotonic() - begun < 4 and not torch.multiprocessing.active_children()
 
 
 # ------------------------------------------------------------------------------ folders
 
 
-def test_a_broken_file_is_named_once_counted_and_replaced(tmp_path, capfd, monkeypatch):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_next_image_stands_in_for_a_broken_one_which_is_named(workers, tmp_path, capfd):
     write_images(tmp_path, 16, 16, seed=0, labelled=False)
     broken = sorted(tmp_path.iterdir())[5]
     broken.write_bytes(broken.read_bytes()[:200])
-    (tmp_path / "0005b.jpg").write_text("no image")
+    (tmp_path / "0015b.jpg").write_text("no image")  # the last: the first one stands in
     (tmp_path / "notes.txt").write_text("not looked at")
-    images = common.load_images(str(tmp_path), "train", 16)
+    images = common.load_dataset(str(tmp_path), "train", 16)
+    assert len(images) == 17
+    loader = make_loader(images, workers=workers)
+    assert [len(imgs) for imgs, _ in loader.batches(0)] == [8, 8]
+    views = common.Views(images, common.CentreCrop(16))
+    assert torch.equal(views[5][0], views[6][0]) and torch.equal(views[16][0], views[0][0])
     error = capfd.readouterr().err
-    assert len(images) == 15 and error.count("0005.png:") == error.count("0005b.jpg:") == 1
-    assert "left out 2 unreadable of 17 images" in error and "notes" not in error
-
-    monkeypatch.setattr(common, "RESIDENT_BYTES", 0)
-    images = common.load_images(str(tmp_path), "train", 16)
-    loader = make_loader(images, workers=2)
-    for epoch in range(3):
-        assert [len(imgs) for imgs, _ in loader.batches(epoch * 2)] == [8, 8]
-    error = capfd.readouterr().err
-    assert error.count("0005.png:") == error.count("0005b.jpg:") == 1
-    assert images.unreadable.sum() == 2
+    assert "skipping unreadable image" in error and "0005.png" in error and "notes" not in error
+    for path in images.samples:
+        Path(path[0]).unlink()
+    with pytest.raises(UserError, match="none of the 17 images"):
+        images[3]
 
 
-def test_a_stand_in_brings_its_own_label_and_there_must_be_one(tmp_path):
-    write_images(tmp_path, 1, 16, seed=0, labelled=False)
-    (tmp_path / "bad.png").write_text("no image")
-    paths = [tmp_path / "bad.png", tmp_path / "0000.png"]
-    images = common.Images(torch.tensor([5, 7]), [], paths=paths)
-    assert images.read(0)[1] == images.read(1)[1] == 7
-    paths[1].unlink()
-    with pytest.raises(UserError, match="none of the 2 images can be read any more"):
-        images.read(1)
-
-
-@pytest.mark.parametrize("cores, processes, expected", [
-    (6, 1, 6), (64, 1, 10), (64, 16, 4), (7, 2, 3), (2, 4, 1),
-])  # fmt: skip
-def test_workers_are_by_default_as_many_as_a_process_has_cores(
-    cores, processes, expected, monkeypatch
-):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    images = common.Images(torch.zeros(8), [], torch.zeros(8, 3, 4, 4, dtype=torch.uint8))
-    for workers, found in ((None, expected), (0, 0), (1, 1)):
-        assert make_loader(images, workers=workers, single=True).loader.num_workers == found
-        assert make_loader(images, workers=workers).loader.num_workers == 0
-    assert common.Config().workers is None
-
-
-@pytest.mark.parametrize("single", [False, True])
-def test_crops_are_new_in_every_epoch(single):
-    images = common.load_images("shapes", "val", 32)
-    batches = common.Batches(images, common.RandomCrop(16, 0.2), single=single)
-    first, second, again = (batches[epoch, 0, [3, 4]][0] for epoch in (0, 1, 0))
-    assert torch.equal(first, again) and not torch.equal(first[0], second[0])
+def test_a_stand_in_brings_its_own_label(tmp_path):
+    for name in ("a", "b"):
+        write_images(tmp_path / "train" / name, 1, 16, seed=0, labelled=False)
+    (tmp_path / "train" / "a" / "0000.png").write_text("no image")
+    images = common.load_dataset(str(tmp_path), "train", 16)
+    assert images[0][1] == images[1][1] == 1
 
 
 def test_modes_of_images(tmp_path):
@@ -295,48 +304,57 @@ def test_modes_of_images(tmp_path):
     turned = Image.Exif()
     turned[0x112] = 6  # to be shown turned, which is left out, as by torchvision
     grey.save(tmp_path / "turned.png", exif=turned)
-    (tmp_path / "circle").symlink_to(tmp_path)
-    for name, kind in (("float", np.float32), ("integer", np.int32)):
-        Image.fromarray(100 * ramp.astype(kind)).save(tmp_path / f"{name}.tif")
     expected = torch.from_numpy(ramp // 256).to(torch.uint8).expand(3, -1, -1)
-    images = common.load_images(str(tmp_path), "train", 8)
-    assert len(images) == 6 and all(torch.equal(pixels, expected) for pixels in images.pixels)
+    views = common.Views(common.load_dataset(str(tmp_path), "train", 8), common.CentreCrop(8))
+    assert len(views) == 6 and all(torch.equal(views[i][0], expected) for i in range(6))
+    for kind in (np.float32, np.int32):  # no range of values is agreed on
+        with pytest.raises(ValueError, match="has no agreed range"):
+            common.rgb(Image.fromarray(100 * ramp.astype(kind)))
 
 
 def test_folder_layouts(tmp_path, shapes_folder):
-    train = common.load_images(str(shapes_folder), "train", 16)
-    val = common.load_images(str(shapes_folder), "val", 16)
+    train = common.load_dataset(str(shapes_folder), "train", 16)
+    val = common.load_dataset(str(shapes_folder), "val", 16)
     names = sorted(path.name for path in (shapes_folder / "train").iterdir())
-    assert train.classes == val.classes == names
+    assert train.classes == val.classes == names == common.shared_classes(train, val)
     write_images(tmp_path / "any" / "tree", 4, 16, 0, labelled=False)
-    tree = common.load_images(str(tmp_path / "any"), "pretrain", 16)
-    assert len(tree) == 4 and tree.classes == [] and (tree.labels == -1).all()
-    assert common.load_images(str(tmp_path / "any"), "val", 16) is None
-    write_images(tmp_path / "mixed", 2, 16, 0, labelled=False)
-    write_images(tmp_path / "mixed", 1, 20, 1, labelled=False)
-    (tmp_path / "mixed" / "0000.png").rename(tmp_path / "mixed" / "big.png")
-    write_images(tmp_path / "mixed", 1, 16, 1, labelled=False)
-    assert common.load_images(str(tmp_path / "mixed"), "train", 16).pixels is None  # sizes differ
+    (tmp_path / "linked").symlink_to(tmp_path / "any")
+    for name in ("any", "linked"):
+        tree = common.load_dataset(str(tmp_path / name), "pretrain", 16)
+        assert len(tree) == 4 and tree.classes == [] and [y for _, y in tree] == [-1] * 4
+        assert common.load_dataset(str(tmp_path / name), "val", 16) is None
+        assert common.shared_classes(tree, None) == common.shared_classes(tree, val) == []
 
 
-def test_any_file_name_is_found_in_the_order_of_paths_and_read(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(common, "RESIDENT_BYTES", 0)
+def test_val_may_lack_a_class_of_train_but_not_have_another(tmp_path):
+    for split, names in (("train", "abc"), ("val", "ac")):
+        for name in names:
+            write_images(tmp_path / split / name, 2, 16, seed=0, labelled=False)
+    val = common.load_dataset(str(tmp_path), "val", 16)
+    assert val.classes == ["a", "b", "c"] and [label for _, label in val] == [0, 0, 2, 2]
+    write_images(tmp_path / "val" / "d", 1, 16, seed=0, labelled=False)
+    with pytest.raises(UserError, match="val has class d, but train/ has not"):
+        common.load_dataset(str(tmp_path), "val", 16)
+
+
+def test_any_file_name_is_found_and_read(tmp_path, capfd):
     names = ("a/1", "a b/1", "a-b/1", "a/b/1", "a.b/1", "a/b-1", "ö/ä", os.fsdecode(b"\xff/\xfe"))
-    for split, name in ((split, name) for split in ("train", "val") for name in names):
-        path = tmp_path / split / f"{name}.PNG"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (2, 2), (names.index(name), 0, 0)).save(path)
-    expected = sorted((tmp_path / "val").rglob("*.PNG"))
-    images = pickle.loads(pickle.dumps(common.load_images(str(tmp_path), "val", 2)))
-    assert [Path(os.fsdecode(path)) for path in images.paths] == expected
-    for i, path in enumerate(expected):
-        image, label = images.read(i)
-        folder, *_ = path.relative_to(tmp_path / "val").parts
+    for split in ("train", "val"):
+        for name in names:
+            path = tmp_path / split / f"{name}.PNG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (2, 2), (names.index(name), 0, 0)).save(path)
+    images = pickle.loads(pickle.dumps(common.load_dataset(str(tmp_path), "val", 2)))
+    assert len(images) == len(names)
+    for (image, label), (path, _) in zip(images, images.samples, strict=True):
+        folder, *_ = Path(path).relative_to(tmp_path / "val").parts
         assert images.classes[label] == folder
-        assert names[image[0, 0, 0]] == str(path.relative_to(tmp_path / "val").with_suffix(""))
-        path.write_text("no image")
+        name = names[image.getpixel((0, 0))[0]]
+        assert name == str(Path(path).relative_to(tmp_path / "val").with_suffix(""))
+    for path, _ in images.samples:
+        Path(path).write_text("no image")
     with pytest.raises(UserError):
-        images.read(0)
+        images[0]
     assert capfd.readouterr().err.count("unreadable") == len(names)  # whose names can be printed
 
 
@@ -348,36 +366,103 @@ def test_the_layout_of_tiny_imagenet(tmp_path):
     lines = [f"{i:04d}.png\t{name}\t0\t32\t44\t62\n" for i, name in ((2, "n01"), (0, "n03"))]
     annotations = tmp_path / "val" / "val_annotations.txt"
     annotations.write_text("".join(lines) + "0001.png\tn02\t1\t1\t1\t1\n")
-    train, val = (common.load_images(str(tmp_path), split, 16) for split in ("pretrain", "val"))
+    train, val = (common.load_dataset(str(tmp_path), split, 16) for split in ("pretrain", "val"))
     assert train.classes == val.classes == ["n01", "n02", "n03"]
-    assert train.labels.tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 2]
-    assert val.labels.tolist() == [2, 1, 0]
+    assert [label for _, label in train] == [0, 0, 1, 1, 1, 2, 2, 2, 2]
+    assert [label for _, label in val] == [2, 1, 0]
     annotations.write_text("".join(lines))
-    with pytest.raises(UserError, match=r"0001\.png is in none of the 3 class folders"):
-        common.load_images(str(tmp_path), "val", 16)
+    with pytest.raises(UserError, match=r"0001\.png is in none of the class folders"):
+        common.load_dataset(str(tmp_path), "val", 16)
 
 
 def test_folder_mistakes(tmp_path, shapes_folder):
     with pytest.raises(UserError, match="no such folder, nor shapes, cifar10"):
-        common.load_images(str(tmp_path / "absent"), "train", 16)
+        common.load_dataset(str(tmp_path / "absent"), "train", 16)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no images under"):
-        common.load_images(str(tmp_path / "empty"), "train", 16)
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "a.jpg").write_text("no image")
-    with pytest.raises(UserError, match="none of the 1 images"):
-        common.load_images(str(tmp_path / "bad"), "train", 16)
-    write_images(tmp_path / "odd" / "train" / "cat", 1, 16, 0, labelled=False)
-    write_images(tmp_path / "odd" / "val" / "dog", 1, 16, 0, labelled=False)
-    with pytest.raises(UserError, match=r"dog/0000\.png is in none of the 1 class folders"):
-        common.load_images(str(tmp_path / "odd"), "val", 16)
-    for split in ("train", "val"):  # one image beside class folders
-        write_images(tmp_path / "stray" / split / "cat", 2, 16, 0, labelled=False)
-        write_images(tmp_path / "stray" / split, 1, 16, 0, labelled=False)
-        with pytest.raises(UserError, match=rf"{split}/0000\.png is in none of the 1 class"):
-            common.load_images(str(tmp_path / "stray"), split, 16)
+        common.load_dataset(str(tmp_path / "empty"), "train", 16)
+    write_images(tmp_path / "stray" / "train" / "cat", 2, 16, 0, labelled=False)
+    write_images(tmp_path / "stray" / "val", 2, 16, 0, labelled=False)  # not in class folders
+    with pytest.raises(UserError, match="no images under"):
+        common.load_dataset(str(tmp_path / "stray"), "val", 16)
     with pytest.raises(UserError, match="--batch-size 80 is more than the 64 images"):
-        make_loader(common.load_images(str(shapes_folder), "train", 16), batch_size=80)
+        make_loader(common.load_dataset(str(shapes_folder), "train", 16), batch_size=80)
+
+
+# ------------------------------------------------------------------------------ a user's own data
+
+
+class Own(Dataset):
+    """PIL images of several sizes and modes, and uint8 tensors, in turn."""
+
+    def __init__(self, count: int, classes: int = 0, broken: int | None = None):
+        self.pixels, self.labels = common.draw_shapes(count, 24, seed=count)
+        self.classes, self.broken = list("abcdefghij"[:classes]), broken
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int):
+        if index == self.broken:
+            raise OSError("the disk is gone")
+        img, label = self.pixels[index], int(self.labels[index]) if self.classes else -1
+        picture = v2.functional.to_pil_image(img)
+        kinds = (picture, picture.resize((31, 18)), picture.convert("L"), picture.convert("RGBA"),
+                 img, img[:1], picture.convert("P"))  # fmt: skip
+        return kinds[index % len(kinds)], label
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_script_trains_on_a_user_s_data(method, tmp_path):
+    """And what it stores names no data set: a probe has to be told, or given the data, too."""
+    script, data = METHODS[method].script, (Own(48, classes=10), Own(24, classes=10))
+    cfg = settings(method, "--out", tmp_path, "--epochs", "1", "--knn-every", "1")
+    script.main(cfg, data)
+    assert cfg.data == "shapes"  # the caller's settings stay as they are
+    assert weights(tmp_path, "config")["data"] is None and weights(tmp_path, "step") == 3
+    assert common.read_checkpoint(tmp_path / "encoder.pt")["config"]["data"] is None
+    if method != "supervised_mim":
+        script.main(settings(method, "--out", tmp_path / "2", "--epochs", "1"), (Own(48), None))
+        assert weights(tmp_path / "2", "step") == 3
+
+
+def test_a_probe_of_a_run_on_own_data_wants_data(tmp_path, capsys):
+    data = Own(48, classes=10), Own(24, classes=10)
+    METHODS["mae"].script.main(settings("mae", "--out", tmp_path, "--epochs", "1"), data)
+    error = mistake(capsys, eval_linear, tmp_path, "--device", "cpu")
+    assert "does not say what it was trained on: --data is needed" in error
+    cfg = eval_linear.Config(encoder=str(tmp_path), mode="knn", device="cpu", workers=0)
+    eval_linear.main(cfg, data)
+    assert "knn top-1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_an_exception_of_a_user_s_data_set_is_raised(workers, tmp_path):
+    cfg = settings("mae", "--out", tmp_path, "--workers", workers)
+    with pytest.raises(OSError, match="the disk is gone"):
+        METHODS["mae"].script.main(cfg, (Own(48, broken=5), None))
+
+
+def refused(capsys, method: str, data, tmp_path) -> str:
+    with pytest.raises(SystemExit) as end:
+        METHODS[method].script.main(settings(method, "--out", tmp_path / "run"), data)
+    error = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and "\n" not in error.split("epoch")[0].strip()
+    return error
+
+
+def test_data_that_does_not_fit_is_one_line(capsys, tmp_path):
+    pair = Own(48, classes=10), Own(24, classes=10)
+    floats = TensorDataset(torch.rand(48, 3, 16, 16), torch.zeros(48).long())
+    for method, data, message in (
+        ("mae", (floats, None), "images must be PIL images or uint8 tensors (C, H, W), not "
+                                "torch.float32 (3, 16, 16)"),
+        ("mae", (pair[0], Own(24, classes=9)), "validation images have different .classes"),
+        ("supervised_mim", (pair[0], None), "lacks labels, which this method needs"),
+        ("supervised_mim", (Subset(pair[0], range(40)), pair[1]), "lacks labels"),
+        ("cmae", (Own(12), None), "--batch-size 16 is more than the 12 images"),
+    ):  # fmt: skip
+        assert message in refused(capsys, method, data, tmp_path)
 
 
 # ------------------------------------------------------------------------------ torchvision's sets
@@ -397,11 +482,13 @@ def test_cifar10_and_cifar100_from_miniatures_of_their_files(tmp_path, monkeypat
         for file in files:
             content = pickle.dumps({"data": rows, key: [0, 1, 0, 1]})
             (tmp_path / folder / file).write_bytes(content)
-        train = common.load_images(name, "pretrain", 32, tmp_path)
-        val = common.load_images(name, "val", 32, tmp_path)
+        train = common.load_dataset(name, "pretrain", 32, tmp_path)
+        val = common.load_dataset(name, "val", 32, tmp_path)
         assert len(train) == (20 if name == "cifar10" else 4) and len(val) == 4
-        assert torch.equal(val.pixels, torch.from_numpy(rows).view(4, 3, 32, 32))  # planes R, G, B
-        assert val.labels.tolist() == [0, 1, 0, 1] and val.classes == ["a", "b"]
+        views = common.Views(val, common.CentreCrop(32))
+        pixels = torch.stack([views[i][0] for i in range(4)])
+        assert torch.equal(pixels, torch.from_numpy(rows).view(4, 3, 32, 32))  # planes R, G, B
+        assert [y for _, y in val] == [0, 1, 0, 1] and list(val.classes) == ["a", "b"]
 
 
 def test_stl10_from_a_miniature_of_its_files(tmp_path, monkeypatch):
@@ -414,20 +501,22 @@ def test_stl10_from_a_miniature_of_its_files(tmp_path, monkeypatch):
         np.array([1, 2], dtype=np.uint8).tofile(folder / f"{part}_y.bin")
     (folder / "class_names.txt").write_text("\n".join("abcdefghij"))
     (folder / "fold_indices.txt").write_text("0 1\n")
-    pretrain = common.load_images("stl10", "pretrain", 96, tmp_path)
-    assert pretrain.labels.tolist() == [0, 1, -1, -1] and pretrain.pixels.shape == (4, 3, 96, 96)
-    assert common.evenly_spaced(pretrain, 2).tolist() == [0, 1]  # for monitors, labelled ones
-    assert common.evenly_spaced(pretrain, None).tolist() == [0, 1, 2, 3]
-    train = common.load_images("stl10", "train", 96, tmp_path)
-    assert train.labels.tolist() == [0, 1]
+    pretrain = common.load_dataset("stl10", "pretrain", 96, tmp_path)
+    assert [y for _, y in pretrain] == [0, 1, -1, -1]
+    assert common.evenly_spaced(pretrain, 2) == [0, 1]  # the monitor needs labels
+    assert common.evenly_spaced(pretrain) == [0, 1, 2, 3]
+    train = common.load_dataset("stl10", "train", 96, tmp_path)
+    assert [y for _, y in train] == [0, 1]
     stored = torch.from_numpy(rows).transpose(2, 3)  # the files are column by column
-    assert torch.equal(train.pixels, stored)
+    views = common.Views(train, common.CentreCrop(96))
+    assert torch.equal(torch.stack([views[0][0], views[1][0]]), stored)
 
 
 def test_a_failed_download_is_one_clear_error(tmp_path, monkeypatch):
-    def fail(*args, **kwargs):
-        raise RuntimeError("Dataset not found or corrupted.")
+    class Failing:
+        def __init__(self, *args, **kwargs):
+            raise RuntimeError("Dataset not found or corrupted.")
 
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", fail)
-    with pytest.raises(UserError, match="could not download cifar10"):
-        common.load_images("cifar10", "train", 32, tmp_path)
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Failing)
+    with pytest.raises(UserError, match="could not download"):
+        common.load_dataset("cifar10", "train", 32, tmp_path)

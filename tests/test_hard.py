@@ -164,7 +164,7 @@ def test_killed_at_random_moments(name, number, entry, tmp_path):
 
 def signal_all(number: int, step: int, *arguments) -> None:
     """The signal comes to the run and to its loader's processes."""
-    update, common.RESIDENT_BYTES = common.Run.update, 0
+    update = common.Run.update
 
     def update_and_signal(run, *args, **kwargs):
         update(run, *args, **kwargs)
@@ -233,7 +233,7 @@ def test_one_of_two_processes_is_killed(tmp_path, shapes_folder):
     output, errors = job.communicate(timeout=90)
     print(f"all had ended after {time.monotonic() - begun:.1f} s\n{errors}")
     assert job.returncode and time.monotonic() - begun < 60
-    assert "lost the other processes" in errors or "stopped after step" in output
+    assert "stopped after step" in output or "gloo" in errors or "SIGTERM" in errors
     step = weights(tmp_path, "step")
     job = launch("mae_perceptual.py", *flags, "--epochs", "3000", "--steps", str(step + 5))
     output, errors = job.communicate(timeout=90)
@@ -394,7 +394,7 @@ def fuzz(script, count: int, seed: int, folder: Path) -> tuple[int, int, list[st
             code = end.code
         except BaseException as error:
             failures.append(f"{type(error)}: {error}: {' '.join(command)}")
-        lines = re.sub(r"(warning: skipping|left out \d+) unreadable .*\n", "", stderr.getvalue())
+        lines = re.sub(r"warning: skipping unreadable .*\n", "", stderr.getvalue())
         if code and (code != 2 or lines.count("\n") != 1):
             failures.append(f"{code}, {lines}: {' '.join(command)}")
         tally[code > 0] += 1
