@@ -242,12 +242,16 @@ class ViT(nn.Module):
         expected = (self.in_chans, *(n * self.patch_size for n in self.grid))
         if imgs.shape[1:] != expected:
             raise UserError(f"this ViT takes images of {expected}, not {tuple(imgs.shape[1:])}")
-        patches = patchify(imgs, self.patch_size)
-        positions = self.pos_embed[:, 1:].expand(len(imgs), -1, -1)
+        return self.embed_patches(patchify(imgs, self.patch_size), visible)
+
+    def embed_patches(self, patches: Tensor, visible: Tensor | None = None) -> Tensor:
+        """`embed` of patches (B, L, p*p*C)."""
+        batch = len(patches)
+        positions = self.pos_embed[:, 1:].expand(batch, -1, -1)
         if visible is not None:
             patches, positions = take_tokens(patches, visible), take_tokens(positions, visible)
         x = self.patch_embed(patches) + positions
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(imgs), -1, -1)
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(batch, -1, -1)
         return torch.cat([cls, x], dim=1)
 
     def forward(self, imgs: Tensor, visible: Tensor | None = None) -> Tensor:
@@ -1306,10 +1310,11 @@ def outlive_signals(worker: int) -> None:
 @atexit.register
 def end_workers() -> None:
     """At exit, multiprocessing would end a loader's workers by SIGTERM, which they ignore."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report an error
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
+    workers = [process for process in multiprocessing.active_children() if process.daemon]
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report an error
+    for worker in workers:
+        worker.kill()
 
 
 def save_or_stop(run: Run, encoder: ViT | None = None, save_now: bool = False) -> None:

@@ -69,6 +69,7 @@ Known deviations
     no autocast in the contrastive loss                 none but accuracy (on a GPU, TF32's)
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -258,23 +259,22 @@ class MixedAE(nn.Module):
     def encode(self, imgs: Tensor, source: Tensor, segments=True) -> tuple[Tensor, Tensor]:
         """imgs (groups*G, C, H, W), source (groups, L) -> tokens (groups, 1+L, D) after the norm,
         and topk_accuracy of the last block. `segments` False leaves their embedding out."""
-        vit = self.encoder
-        mixed = mix(common.patchify(imgs, vit.patch_size), source)
-        x = vit.embed(common.unpatchify(mixed, vit.patch_size, vit.grid, vit.in_chans))
+        vit, queries, keys = self.encoder, [], []  # queries and keys of each block
+        x = vit.embed_patches(mix(common.patchify(imgs, vit.patch_size), source))
         if segments and self.segment is not None:
-            x = x + F.pad(self.segment(source), (0, 0, 1, 0))  # nothing for cls
-        seen = []  # queries and keys: in the end, the last block's
+            x = x + F.pad(self.segment(source), (0, 0, 1, 0))  # none for the class token
 
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            seen[:] = q.detach(), k.detach()
-            if ordinary:
-                return F.scaled_dot_product_attention(q, k, v)
-            return homologous_attention(q, k, v, self.topk)
+        def attend(q: Tensor, k: Tensor, v: Tensor, homologous: bool) -> Tensor:
+            queries.append(q.detach())
+            keys.append(k.detach())
+            if homologous:
+                return homologous_attention(q, k, v, self.topk)
+            return F.scaled_dot_product_attention(q, k, v)
 
         for i, block in enumerate(vit.blocks):
-            ordinary = i < self.plain_blocks or not self.homologous_attention
-            x = block(x, attend)
-        return vit.norm(x), topk_accuracy(*seen, source, self.topk)
+            homologous = self.homologous_attention and i >= self.plain_blocks
+            x = block(x, functools.partial(attend, homologous=homologous))
+        return vit.norm(x), topk_accuracy(queries[-1], keys[-1], source, self.topk)
 
     def decode(self, tokens: Tensor, source: Tensor) -> Tensor:
         """tokens (groups, 1+L, D), source (groups, L) -> (groups*G, L, p*p*C), every patch of all

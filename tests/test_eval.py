@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import in_processes, mistake, weights
+from conftest import in_processes, mistake, refusal, weights
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import Dataset, TensorDataset
+from torchvision.transforms import v2
 
 import common
 import eval_linear
@@ -42,35 +44,49 @@ def test_lars_equals_its_formula():
 
 
 def test_knn_scores_equal_a_loop():
+    """For several k, one of them larger than the training set."""
     torch.manual_seed(0)
     train, labels, test = torch.randn(30, 4), torch.randint(0, 3, (30,)), torch.randn(7, 4)
-    got = common.knn_scores(train, labels, test, k=5, temperature=0.07, num_classes=4)
+    ks = (1, 5, 20, 99)
+    got = common.knn_scores(train, labels, test, num_classes=4, ks=ks, temperature=0.07)
+    assert tuple(got) == ks
     for i in range(7):
         cosines = [(a @ test[i] / a.norm() / test[i].norm()).item() for a in train]
-        votes = [0.0] * 4
-        for j in sorted(range(30), key=lambda j: -cosines[j])[:5]:
-            votes[labels[j]] += math.exp(cosines[j] / 0.07)
-        torch.testing.assert_close(got[i], torch.tensor(votes), rtol=1e-4, atol=1e-2)
+        nearest = sorted(range(30), key=lambda j: -cosines[j])
+        for k in ks:
+            votes = [0.0] * 4
+            for j in nearest[:k]:
+                votes[labels[j]] += math.exp(cosines[j] / 0.07)
+            torch.testing.assert_close(got[k][i], torch.tensor(votes), rtol=1e-4, atol=1e-2)
+    warm = common.knn_scores(train, labels, test, num_classes=4, temperature=1.0)
+    assert tuple(warm) == (20,) and warm[20].sum(dim=1).max() < 20 * math.e
 
 
-def test_knn_in_chunks_and_against_scikit_learn():
+def test_knn_in_chunks_equals_one_image_at_a_time():
+    """So many training images that 700 test images make two chunks."""
+    torch.manual_seed(0)
+    train, labels, test = torch.randn(100_000, 8), torch.randint(5, (100_000,)), torch.randn(700, 8)
+    scores = common.knn_scores(train, labels, test, num_classes=5)[20]
+    assert scores.shape == (700, 5)
+    for i in (0, 670, 671, 699):
+        one = common.knn_scores(train, labels, test[i : i + 1], num_classes=5)[20]
+        torch.testing.assert_close(scores[i], one[0], rtol=1e-4, atol=1.0)
+
+
+def test_knn_against_scikit_learn():
     neighbors = pytest.importorskip("sklearn.neighbors")
     torch.manual_seed(0)
     train, labels = torch.randn(400, 8), torch.randint(0, 5, (400,))
     test = torch.randn(300, 8)
-    scores = common.knn_scores(train, labels, test, k=20)
-    single = torch.cat([common.knn_scores(train, labels, x[None], k=20) for x in test])
-    torch.testing.assert_close(scores, single, rtol=1e-4, atol=1e-3)
+    scores = common.knn_scores(train, labels, test, num_classes=5)[20]
     votes = lambda distance: np.exp((1 - distance) / 0.07)  # noqa: E731
     theirs = neighbors.KNeighborsClassifier(20, metric="cosine", weights=votes)
     theirs.fit(train.numpy(), labels.numpy())
     agree = (torch.from_numpy(theirs.predict(test.numpy())) == scores.argmax(1)).float().mean()
     assert agree > 0.99
-    everything = common.knn_scores(train[:3], torch.arange(3), test[:2], k=20)  # k above M
-    assert everything.shape == (2, 3) and (everything > 0).all()
 
 
-def test_knn_of_every_k_equals_its_own_scores():
+def test_the_entry_of_knn_has_the_accuracy_of_every_k():
     torch.manual_seed(0)
     labels = torch.randint(0, 8, (700,))
     features = 4 + torch.randn(8, 6)[labels] + torch.randn(700, 6)  # far ones count, too
@@ -78,7 +94,7 @@ def test_knn_of_every_k_equals_its_own_scores():
     got = eval_linear.evaluate_knn(train, test, 8)
     expected = {}
     for k in (1, 10, 20, 100, 200):
-        scores = common.knn_scores(*train, test[0], k, num_classes=8)
+        scores = common.knn_scores(*train, test[0], num_classes=8, ks=(k,))[k]
         expected[f"k{k}"] = common.accuracy(scores, test[1])
     assert len({x["top1"] for x in expected.values()}) > 2
     top1 = expected.pop("k1")["top1"]
@@ -119,18 +135,28 @@ def test_recipes_are_the_published_table():
         assert (r["base_lr"], r["batch_size"], r["weight_decay"]) == (0.1, 16384, 0)
 
 
-def test_accuracy_and_features():
+def test_accuracy_is_a_count():
     scores = torch.tensor([[9, 1, 2, 3, 4, 5.0], [0, 1, 2, 3, 4, 5.0], [5, 4, 3, 2, 1, 0.0]])
     assert eval_linear.accuracy(scores, torch.tensor([0, 1, 5])) == {"top1": 33.33, "top5": 66.67}
-    vit = common.ViT(16, 4, embed_dim=12, depth=1, num_heads=2, drop_path=0.5)
-    imgs = torch.randn(4, 3, 16, 16)
-    tokens = vit.eval()(imgs)
-    vit.train()
-    for pool, expected in (("cls", tokens[:, 0]), ("mean", tokens[:, 1:].mean(1))):
-        batches = [(imgs[:3], torch.arange(3)), (imgs[3:], torch.arange(1))]
-        features, labels = eval_linear.extract_features(vit, batches, pool)
-        torch.testing.assert_close(features, expected)
-        assert labels.tolist() == [0, 1, 2, 0] and vit.training
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_features_are_those_of_the_test_crops_one_by_one(pool):
+    """More images than a batch has; drop path is off, and the encoder is in training again."""
+    vit = common.ViT(16, 4, embed_dim=12, depth=2, num_heads=2, drop_path=0.5)
+    images = TensorDataset(*common.draw_shapes(260, 20, 0))
+    run = common.Run(eval_linear.Config(encoder="", device="cpu", workers=0, pool=pool))
+    features, labels = eval_linear.all_features(run, vit, images)
+    assert features.shape == (260, 12) and torch.equal(labels, images.tensors[1]) and vit.training
+    vit.eval()
+    for i in (0, 1, 249, 250, 259):
+        image, label = images[i]
+        crop = v2.functional.resize(image, [18], v2.InterpolationMode.BICUBIC)[:, 1:17, 1:17]
+        with torch.no_grad():
+            tokens = vit(common.normalize(crop[None]))[0]
+        expected = tokens[0] if pool == "cls" else tokens[1:].mean(dim=0)
+        torch.testing.assert_close(features[i], expected, atol=1e-5, rtol=1e-4)
+        assert labels[i] == label
 
 
 def test_fine_tuning_head_normalises_the_mean_of_unnormalised_patches():
@@ -143,17 +169,120 @@ def test_fine_tuning_head_normalises_the_mean_of_unnormalised_patches():
     torch.testing.assert_close(model(imgs), expected)
 
 
+# ------------------------------------------------------------------------------ augmentation
+
+
+def test_erased_pixels_are_normal_noise_and_the_rest_stays():
+    """torchvision's own box and noise, from the same random numbers, and the formula in numpy."""
+    image = torch.randint(256, (3, 32, 24), dtype=torch.uint8)
+    mean, std = (np.array(x)[:, None, None] for x in (common.MEAN, common.STD))
+    for seed in range(20):
+        torch.manual_seed(seed)
+        torch.rand(1)  # whether to erase at all
+        box = v2.RandomErasing(1.0, value="random").make_params([image])
+        top, left, h, w = (box[name] for name in "ijhw")
+        expected = image.clone().numpy()
+        noise = 255 * (mean + std * box["v"].numpy().astype(np.float64))
+        expected[:, top : top + h, left : left + w] = np.clip(np.rint(noise), 0, 255)
+        torch.manual_seed(seed)
+        erased = eval_linear.NormalErasing(1.0, value="random")(image)
+        assert erased.dtype == torch.uint8 and erased.shape == image.shape
+        difference = (erased.int() - torch.from_numpy(expected).int()).abs()
+        assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3  # fp32 at .5
+        outside = torch.ones(32, 24, dtype=torch.bool)
+        outside[top : top + h, left : left + w] = False
+        assert torch.equal(erased[:, outside], image[:, outside]) and h * w < 0.4 * 32 * 24
+
+
+def test_erased_pixels_are_standard_normal_after_normalisation():
+    """As far as pixels go, which are whole numbers from 0 to 255: beside numbers of numpy's that
+    are clipped and rounded in the same way."""
+    torch.manual_seed(0)
+    erase, grey = eval_linear.NormalErasing(1.0, value="random"), 200
+    image, found = torch.full((3, 64, 64), grey, dtype=torch.uint8), []
+    for _ in range(60):
+        erased = erase(image)
+        found.append(erased[:, (erased != grey).any(dim=0)])
+    found = torch.cat(found, dim=1)
+    normalised = common.normalize(found[None, :, :, None])[0, :, :, 0].numpy()
+    rng = np.random.default_rng(0)
+    for channel in range(3):
+        mean, std = common.MEAN[channel], common.STD[channel]
+        pixels = np.clip(np.rint(255 * (mean + std * rng.standard_normal(200_000))), 0, 255)
+        expected, ours = (pixels / 255 - mean) / std, normalised[channel]
+        assert len(ours) > 30_000
+        assert ours.mean() == pytest.approx(expected.mean(), abs=0.02)
+        assert ours.std() == pytest.approx(expected.std(), abs=0.02)
+        assert abs(ours.mean()) < 0.03 and 0.95 < ours.std() < 1.0
+        for level in (-2, -1, 0, 1, 2):
+            assert (ours < level).mean() == pytest.approx((expected < level).mean(), abs=0.01)
+
+
+def test_an_image_in_which_no_box_fits_stays_as_it_is():
+    image = torch.full((3, 1, 1), 7, dtype=torch.uint8)
+    assert torch.equal(eval_linear.NormalErasing(1.0, value="random")(image), image)
+
+
+def test_fine_tuning_augments_as_in_mae():
+    """A random crop, two operations of RandAugment with probability 1/2 each, then erasing, with
+    the probability that is given; the label stays."""
+    never, always, half = (eval_linear.Augment(16, 0.5, p) for p in (0.0, 1.0, 0.5))
+    assert len(half.change.transforms) == 2
+    for sometimes in half.change.transforms:
+        (one,) = sometimes.transforms
+        assert sometimes.p == 0.5 and isinstance(one, v2.RandAugment)
+        assert (one.num_ops, one.magnitude, one.num_magnitude_bins) == (1, 9, 11)
+    image, erased = common.draw_shapes(1, 20, 0)[0][0], 0
+    for seed in range(200):
+        views = []
+        for augment in (never, always, half):
+            torch.manual_seed(seed)
+            view, label = augment(image, 5, 0)
+            assert view.shape == (3, 16, 16) and view.dtype == torch.uint8 and label == 5
+            views.append(view)
+        torch.manual_seed(seed)
+        assert torch.equal(never.change(never.crop(image, 5, 0)[0]), views[0])
+        changed = (views[1] != views[0]).any(dim=0)
+        assert 0 < changed.float().mean() < 0.4
+        assert torch.equal(views[2], views[0]) or torch.equal(views[2], views[1])
+        erased += torch.equal(views[2], views[1])
+    assert 75 < erased < 125
+
+
+# ------------------------------------------------------------------------------ the script
+
+
+def noise_of(rng, light: bool, *shape: int) -> np.ndarray:
+    """Pixels of one of two classes that differ in brightness."""
+    level = 160 if light else 60
+    return rng.integers(level - 40, level + 40, shape).astype(np.uint8)
+
+
 @pytest.fixture(scope="session")
 def easy_folder(tmp_path_factory):
-    """Two classes that differ in brightness: any evaluation that works gets them right."""
+    """Two classes that any evaluation that works gets right."""
     folder, rng = tmp_path_factory.mktemp("easy"), np.random.default_rng(0)
     for split, count in (("train", 64), ("val", 16)):
-        for name, level in (("dark", 60), ("light", 160)):
+        for name in ("dark", "light"):
             (folder / split / name).mkdir(parents=True)
             for i in range(count // 2):
-                pixels = rng.integers(level - 40, level + 40, (16, 16, 3)).astype(np.uint8)
+                pixels = noise_of(rng, name == "light", 16, 16, 3)
                 Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
     return folder
+
+
+class OwnImages(Dataset):
+    """A user's data set of the same two classes: PIL images that differ in shape, and ints."""
+
+    def __init__(self, count: int):
+        self.count, self.classes = count, ["dark", "light"]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int):
+        rng, label = np.random.default_rng(index), index % 2
+        return Image.fromarray(noise_of(rng, label == 1, 20, 16 + index % 9, 3)), label
 
 
 @pytest.fixture()
@@ -169,15 +298,15 @@ MODES = {
     "linear": ["--mode", "linear", "--no-cache-features", "--epochs", "20", "--batch-size", "16",
                "--lr", "8", "--min-crop", "0.9"],
     "knn": ["--mode", "knn"],
-    "finetune": ["--mode", "finetune", "--epochs", "20", "--batch-size", "16", "--lr", "0.002",
+    "finetune": ["--mode", "finetune", "--epochs", "10", "--batch-size", "16", "--lr", "0.002",
                  "--accumulate", "2"],
 }  # fmt: skip
 
 
-def evaluate(file, mode: str, *flags) -> dict:
+def evaluate(file, mode: str, *flags, data=None) -> dict:
     """The mode's entry in eval.json. `file`: an encoder.pt, or the folder that has it."""
     arguments = [str(file), *MODES[mode], "--workers", "0", "--device", "cpu"]
-    eval_linear.main(common.parse(eval_linear.Config, {}, [*arguments, *flags]))
+    eval_linear.main(common.parse(eval_linear.Config, {}, [*arguments, *flags]), data)
     folder = file if file.is_dir() else file.parent
     key = "linear-protocol" if mode == "linear" else MODES[mode][1]
     return json.loads((folder / "eval.json").read_text())[key]
@@ -196,6 +325,41 @@ def test_every_mode_solves_an_easy_task_with_the_encoder_it_is_given(mode, encod
     content["model"]["norm.weight"].zero_()  # an encoder whose features are all the same
     torch.save(content, encoder_file)
     assert evaluate(encoder_file, mode)["top1"] < 60
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_evaluates_on_a_users_own_data_sets(mode, encoder_file):
+    """eval.json then names no data set, although the encoder's own has a name."""
+    short = ["--epochs", "4"] if mode == "finetune" else []
+    entry = evaluate(encoder_file, mode, *short, data=(OwnImages(64), OwnImages(16)))
+    assert entry["top1"] > 90 and entry["settings"]["data"] is None
+
+
+def test_an_encoder_of_own_data_sets_does_not_know_what_to_be_evaluated_on(
+    easy_folder, encoder_file, capsys
+):
+    content = torch.load(encoder_file, weights_only=True)
+    torch.save(content | {"config": {"data": None, "data_dir": "data"}}, encoder_file)
+    line = mistake(capsys, eval_linear, encoder_file, "--mode", "knn", "--device", "cpu")
+    assert "does not say what it was trained on" in line and "--data" in line
+    named = evaluate(encoder_file, "knn", "--data", str(easy_folder))
+    assert named["top1"] > 90 and named["settings"]["data"] == str(easy_folder)
+    assert evaluate(encoder_file, "knn", data=(OwnImages(64), OwnImages(16)))["top1"] > 90
+
+
+@pytest.mark.parametrize("classes, message", [
+    (None, "lacks labels"), ([], "lacks labels"), (["light", "dark"], "different .classes"),
+])  # fmt: skip
+def test_own_data_sets_need_the_same_classes(classes, message, encoder_file, capsys):
+    train, val = OwnImages(64), OwnImages(16)
+    if classes is None:
+        del val.classes
+    else:
+        val.classes = classes
+    for data in ((train, val), *[(train, None)] * (message == "lacks labels")):
+        with pytest.raises(SystemExit) as end:
+            evaluate(encoder_file, "knn", data=data)
+        assert message in refusal(end.value.code, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("mode, flags, expected", [
@@ -219,29 +383,31 @@ def test_the_full_probe_takes_512_images_at_a_time(
 
 
 def test_fine_tuning_mixes_smooths_and_erases(encoder_file, monkeypatch):
-    seen, erased = [], []
-    original = F.cross_entropy
+    seen, made = [], []
+    cross_entropy, augment = F.cross_entropy, eval_linear.Augment
 
-    def spy(scores, targets, **options):
+    def spied_loss(scores, targets, **options):
         seen.append((targets, options))
-        return original(scores, targets, **options)
+        return cross_entropy(scores, targets, **options)
 
-    def erasing(p, value):
-        erased.append((p, value))
-        return torch.nn.Identity()
+    def spied_augment(*arguments):
+        made.append(arguments)
+        return augment(*arguments)
 
-    monkeypatch.setattr(eval_linear.F, "cross_entropy", spy)
-    monkeypatch.setattr(eval_linear.v2, "RandomErasing", erasing)
+    monkeypatch.setattr(eval_linear.F, "cross_entropy", spied_loss)
+    monkeypatch.setattr(eval_linear, "Augment", spied_augment)
     evaluate(encoder_file, "finetune", "--steps", "3")
-    assert erased == [(0.25, "random")]
+    assert made == [(16, 0.08, 0.25)]
     for targets, options in seen:
         assert targets.shape == (8, 2) and options == {"label_smoothing": 0.1}
         torch.testing.assert_close(targets.sum(1), torch.ones(8))
     assert any(((t > 0.01) & (t < 0.99)).any() for t, _ in seen)  # mixed labels
     seen.clear()
-    flags = ["--steps", "1", "--mixup", "0", "--cutmix", "0", "--smoothing", "0", "--restart"]
+    flags = ["--steps", "1", "--mixup", "0", "--cutmix", "0", "--smoothing", "0", "--restart",
+             "--erasing", "0.5", "--min-crop", "0.3"]  # fmt: skip
     evaluate(encoder_file, "finetune", *flags)
     assert seen[0][0].dtype == torch.int64 and seen[0][1] == {"label_smoothing": 0.0}
+    assert made[1:] == [(16, 0.3, 0.5)]
 
 
 def test_layer_decay_reaches_the_optimiser(encoder_file):
@@ -394,6 +560,7 @@ def test_cached_probe_holds_training_images_out_to_choose_its_weight():
     (["ENCODER", "--data", "absent"], "no such folder"),
     (["ENCODER", "--epochs", "0"], "--epochs must be at least 1"),
     (["ENCODER", "--drop-path", "2"], "--drop-path must be at most 1"),
+    (["ENCODER", "--mode", "finetune", "--erasing", "1.5"], "--erasing must be at most 1"),
     (["ENCODER", "--lr", "1"], "--lr is of the full protocol"),
     (["ENCODER", "--batch-size", "16", "--cache-features"], "add --no-cache-features"),
     (["ENCODER", "--batch-size", "1", "--no-cache-features"], "BatchNorm takes 2 images"),
