@@ -544,8 +544,8 @@ class Run:
         first, end = self.step, min(self.epoch * self.loader.steps, self.last_step)
         every = 1 if self.device.type == "cpu" else 10
         self.waited, begin = 0.0, time.perf_counter()
-        title, hidden = f"epoch {self.epoch}/{self.cfg.epochs}", True if self.rank > 0 else None
-        bar = tqdm(total=end - first, desc=title, disable=hidden)
+        hidden = True if self.rank > 0 else None  # None: only where there is a terminal
+        bar = tqdm(total=end - first, desc=self._title(), disable=hidden)
         with bar, closing(self.loader.batches(first)) as batches:  # ends the loader's workers
             while self.step < end:
                 yield self._micro_batches(batches)
@@ -575,8 +575,11 @@ class Run:
                           data_wait=round(self.waited / seconds, 4))  # fmt: skip
         bar.set_postfix(loss=f"{loss:.4f}", lr=f"{self.lr:.2e}", **self.speed)
         if bar.disable and time.monotonic() - self.printed > 60:
-            self.print(f"{bar.desc}  step {self.step}  loss {loss:.4f}  lr {self.lr:.2e}  "
+            self.print(f"{self._title()}  step {self.step}  loss {loss:.4f}  lr {self.lr:.2e}  "
                        f"{images_per_s:.0f} images/s")  # fmt: skip
+
+    def _title(self) -> str:
+        return f"epoch {self.epoch}/{self.cfg.epochs}"
 
     def set_lr(self, optimizer, floor: float = 0.0, lr: float | None = None) -> None:
         """Sets this step's learning rate: warm-up and cosine down to `floor`, or `lr`; times a

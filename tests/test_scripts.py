@@ -97,6 +97,17 @@ def test_the_optimiser_is_the_published_one(tmp_path, shapes_folder):
         assert line["lr"] == pytest.approx(peak * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def test_a_log_file_gets_a_line_a_minute(tmp_path, shapes_folder, capsys, monkeypatch):
+    clock = iter(range(0, 10**6, 25))  # a step or so takes 25 seconds
+    monkeypatch.setattr(common.time, "monotonic", lambda: next(clock))
+    flags = ["--epochs", "1", "--batch-size", "4", "--save-minutes", "1000"]
+    train("mae", tmp_path, shapes_folder, *flags)
+    lines = re.findall(r"epoch 1/1  step (\d+)  loss [\d.]+  lr \S+  \d+ images/s",
+                       capsys.readouterr().out)  # fmt: skip
+    steps = [int(step) for step in lines]
+    assert 3 < len(steps) < 16 and steps == sorted(set(steps))
+
+
 def test_warmup_cosine_equals_its_formula():
     rate = functools.partial(common.warmup_cosine, total=100, warmup=20, peak=2.0, floor=0.5)
     assert [rate(0), rate(5), rate(20), rate(60)] == pytest.approx([0, 0.5, 2, 1.25])
