@@ -7,7 +7,8 @@
     python tests/bench.py --methods mae cmae cmae-one-view       # with and without contrast
     python tests/bench.py --methods supervised mim-tokens mim-pixels
     python tests/bench.py --epoch 200 --data FOLDER              # the scripts' own loop, too
-    python tests/bench.py --decode FOLDER                        # images/s that a core prepares
+    python tests/bench.py --decode FOLDER                        # loading alone: files, 224 px
+    python tests/bench.py --decode shapes --workers 2            # and from memory, 32 px
 
 A step is forward, losses, backward and optimisers, on random images, all methods in turn. The
 median over --rounds; the mean over 16 where ls, msg or msg-ada is among them, of which some steps
@@ -15,6 +16,11 @@ do more. `of peak` is its arithmetic beside a large matrix product's in the same
 where it is not counted. Peak memory is that of a process of its own (CPU: Linux, the growth of its
 resident set). `loop` is the images/s of --epoch so many steps of the script, and the share of time
 it waited for data.
+
+--decode measures how fast images are loaded, cropped and resized, without any training: by one core
+on its own, then as batches of the training loader, without worker processes and with --workers of
+them (by default one a core). Each number is the images/s of five seconds, starting the workers
+included, or of one epoch if that is shorter.
 """
 
 import argparse
@@ -22,6 +28,7 @@ import contextlib
 import io
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -95,7 +102,7 @@ def make_step(name: str, args, device: torch.device):
             pred, mask = model(imgs)
             return common.masked_mse(pred, common.patchify(imgs, cfg.patch_size), mask)
         if name == "cmae":
-            return model(imgs, cmae.change_colours(imgs), momentum=0.99)[0]
+            return model(imgs, imgs.flip(3), momentum=0.99)[0]
         if script is supervised_mim:
             token_ids = tokenizer.encode(imgs) if name == "mim-tokens" else None
             return model(imgs, labels, token_ids)[0]
@@ -184,6 +191,7 @@ def loop(name: str, args) -> dict:
              args.device, "--batch-size", args.batch, "--steps", args.epoch, "--knn-every", 0,
              "--recon-every", 10**6, "--epochs", 10**6]  # fmt: skip
     flags += ["--compile"] if args.compile else []
+    flags += ["--workers", args.workers] if args.workers is not None else []
     for key, value in settings.items():
         flag = key.replace("_", "-")
         if isinstance(value, bool):
@@ -198,14 +206,30 @@ def loop(name: str, args) -> dict:
     return {"loop_images_per_s": line["images_per_s"], "data_wait": line["data_wait"]}
 
 
-def decode(folder: str, size: int = 224, count: int = 400) -> None:
+def images_per_s(batches, size: int, seconds: float = 5.0) -> float:
+    """How many images a second an iterator over batches of `size` yields, in the given time."""
+    count, begin = 0, time.perf_counter()
+    for _ in batches:
+        count += size
+        if time.perf_counter() - begin > seconds:
+            break
+    return count / (time.perf_counter() - begin)
+
+
+def decode(name: str, args) -> None:
     torch.set_num_threads(1)
-    common.RESIDENT_BYTES = 0  # keep files as files
-    images = common.load_images(folder, "pretrain", size)
-    batches = common.Batches(images, common.RandomCrop(size, 0.2), single=True)
-    count, begin = min(len(images), count), time.perf_counter()
-    batches[0, 0, list(range(count))]
-    print(f"{count / (time.perf_counter() - begin):.0f} images/s per core, decoded and cropped")
+    size = 32 if name == "shapes" else 224
+    images, crop = common.load_dataset(name, "pretrain", size), common.RandomCrop(size, 0.2)
+    batch, views = min(len(images), args.batch), common.Views(images, crop)
+    print(f"{name}, {size} px, batch {batch}, {os.cpu_count()} cores")
+    one_by_one = (views[i] for i in range(len(views)))
+    print(f"{images_per_s(one_by_one, 1):6.0f} images/s by one core, without a loader")
+    for workers in (0, os.cpu_count() if args.workers is None else args.workers):
+        cfg = common.Config(batch_size=batch, workers=workers, device=args.device)
+        loader = common.TrainLoader(common.Run(cfg), images, crop)
+        with contextlib.closing(loader.batches(0)) as batches:  # ends the workers
+            speed = images_per_s(batches, batch)
+        print(f"{speed:6.0f} images/s by the loader with {workers} workers")
 
 
 def main() -> None:
@@ -220,13 +244,14 @@ def main() -> None:
     parser.add_argument("--epoch", type=int, default=0, metavar="STEPS")
     parser.add_argument("--data", default="shapes", help="of --epoch")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each method")
-    parser.add_argument("--decode", metavar="FOLDER")
+    parser.add_argument("--workers", type=int, help="of --epoch and --decode")
+    parser.add_argument("--decode", metavar="DATA", help="a folder, or a data set's name")
     parser.add_argument("--methods", nargs="+", choices=METHODS,
                         default=["mae", "timm"] if TimmBlock else ["mae"])  # fmt: skip
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.decode:
-        return decode(args.decode)
+        return decode(args.decode, args)
     device = common.set_up_process(args.device)
     torch.set_float32_matmul_precision("high")  # as in a run
     if args.memory_of:
@@ -257,7 +282,8 @@ def main() -> None:
           f"{peak / 1e12:.2f} TFLOP/s", file=sys.stderr if args.json else None)  # fmt: skip
     for name, seconds in times.items():
         command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", name]
-        memory = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        memory = float(done.stdout.split()[-1])  # an import may print, too
         middle, first = average(seconds), average(times[args.methods[0]])
         row = {"method": name, "ms": 1000 * middle, "images_per_s": args.batch / middle,
                "beside_first": middle / first, "of_peak": arithmetic.get(name, 0) / middle / peak,

@@ -6,8 +6,9 @@
     python tests/compare.py --data data/cifar10 --quick            # a miniature of it all
     python tests/compare.py --data data/cifar10 --rows mae --rates 3e-4 1e-3 3e-3
 
---data is a folder with train/ and val/ and class folders in them. For CIFAR-10 it is written by
-the lines below; the README's runs were on JPEGs of it, so other images' scores differ a little.
+--data is a folder with train/ and val/ and class folders in them. The lines below write it for
+CIFAR-10. Every run decodes its image files anew in every epoch. The README's runs read JPEGs of
+CIFAR-10; with other files the scores differ a little.
 
     for split in ("train", "val"):
         data = torchvision.datasets.CIFAR10("data", train=split == "train", download=True)
@@ -64,6 +65,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
@@ -75,8 +77,8 @@ ENCODER = "--preset cifar --patch-size 4 --depth 4 --batch-size 64 --warmup-epoc
 PRETRAIN = f"{ENCODER} --lr 1e-3 --epochs 10 --decoder-dim 64 --decoder-heads 2"
 PERCEPTUAL = f"mae_perceptual.py {PRETRAIN} --disc-width 64"
 MIXED, CMAE = f"mixed_ae.py {PRETRAIN}", f"cmae.py {PRETRAIN}"
-SUPERVISED = (f"supervised_mim.py {ENCODER} --lr 1e-3 --epochs 5 --randaug 0 --mixup 0 "
-              "--knn-every 10 --tokenizer-epochs 5")  # fmt: skip
+SUPERVISED = (f"supervised_mim.py {ENCODER} --decoder-depth 2 --lr 1e-3 --epochs 5 --randaug 0 "
+              "--mixup 0 --knn-every 10 --tokenizer-epochs 5")  # fmt: skip
 TUNING = ("--epochs 20 --warmup-epochs 2 --batch-size 125 --lr 1e-3 --mixup 0 --cutmix 0 "
           "--erasing 0 --val-every 0 --workers 0")  # fmt: skip
 
@@ -193,16 +195,17 @@ def subset(data: Path, folder: Path, count: int, held_out: bool = False) -> Path
     return folder
 
 
-def sharpness(run: common.Run, folder: Path, settings: dict, images: common.Images) -> dict:
+def sharpness(run: common.Run, folder: Path, settings: dict, images: Dataset) -> dict:
     """How sharp hidden patches are painted: the mean difference of neighbouring hidden pixels, as a
     share of that in the image itself, within patches and across their borders. The run must predict
-    images (not normalised patches); they are clipped to 0..1."""
+    images (not normalised patches); they are clipped to 0..1. Every batch has the same masks."""
     model = mae_perceptual.build(mae_perceptual.Config(**settings)).to(run.device)
     model.load_state_dict(common.read_checkpoint(folder / "checkpoint.pt")["model"])
     size, patch = settings["img_size"], settings["patch_size"]
     borders = torch.arange(1, size, device=run.device) % patch == 0
 
     def sums(imgs: torch.Tensor) -> torch.Tensor:  # (B, 4)
+        torch.manual_seed(0)  # here, because loading an image seeds the same generator
         painted, mask = model(imgs)
         hidden = mask.unflatten(1, model.encoder.grid)
         hidden = hidden.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
@@ -214,8 +217,8 @@ def sharpness(run: common.Run, folder: Path, settings: dict, images: common.Imag
             parts += [total[:, ~borders].sum(1), total[:, borders].sum(1)]
         return torch.stack(parts, dim=1)
 
-    torch.manual_seed(0)  # of the masks
-    painted, true = common.outputs(run, model, sums, images, size)[0].sum(0).view(2, 2)
+    found, _ = common.outputs(run, model, sums, images, common.CentreCrop(size))
+    painted, true = found.sum(0).view(2, 2)
     return dict(zip(("within", "borders"), (painted / true).tolist(), strict=True))
 
 
@@ -228,13 +231,14 @@ def frozen(folder: Path, data: Path, device: str) -> None:
     run = common.Run(cfg)
     encoder = common.load_encoder(folder / "encoder.pt").to(run.device)
     size, found = encoder.settings["img_size"], {}
-    train, val = (common.load_images(str(data), split, size) for split in ("train", "val"))
+    train, val = (common.load_dataset(str(data), split, size) for split in ("train", "val"))
 
     def both(imgs: torch.Tensor) -> torch.Tensor:
         tokens = encoder(imgs)
         return torch.stack([eval_linear.pooled(tokens, pool) for pool in POOLS], dim=1)
 
-    sets = [common.outputs(run, encoder, both, images, size) for images in (train, val)]
+    crop = common.CentreCrop(size)
+    sets = [common.outputs(run, encoder, both, images, crop) for images in (train, val)]
     if not all(features.isfinite().all() for features, _ in sets):
         raise common.UserError(f"the features of {folder} are not finite")
     for i, pool in enumerate(POOLS):
@@ -244,7 +248,7 @@ def frozen(folder: Path, data: Path, device: str) -> None:
         found[f"linear, {pool}"] = eval_linear.evaluate_cached(run, *features, classes)["top1"]
     if "variant" in settings and not (settings["variant"] == "mae" and settings["norm_pix"]):
         found |= sharpness(run, folder, settings, val)
-    common.write_atomically(folder / "frozen.json", lambda f: f.write(json.dumps(found).encode()))
+    common.write_text(folder / "frozen.json", json.dumps(found))
 
 
 def terminate(*_) -> None:
@@ -272,7 +276,7 @@ def once(done: Path, command: str, *paths: object) -> None:
     if not done.exists():
         done.parent.mkdir(parents=True, exist_ok=True)
         call([*command.split(), *map(str, paths)], done.parent / "log")
-        common.write_atomically(done, lambda f: f.write(command.encode()))
+        common.write_text(done, command)
     if (was := done.read_text()) != command:
         raise common.UserError(f"{done} is of `{was}`, not of `{command}`; use another --out")
 
@@ -396,16 +400,25 @@ def rates_table(names: list[str], rates: list[str], out: Path, seeds: list[int])
     return markdown(["method", "held out", *rates], rows)
 
 
+def raw_pixels(run: common.Run, data: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixels (N, 3072) in 0..1 of all images of a set, at 32 x 32, and their labels (N,)."""
+    images, crop = common.load_dataset(str(data), split, 32), common.CentreCrop(32)
+
+    def flat(imgs: torch.Tensor) -> torch.Tensor:
+        return common.denormalize(imgs).flatten(1)
+
+    return common.outputs(run, torch.nn.Identity(), flat, images, crop)
+
+
 def pixels(data: Path, file: Path) -> str:
     """A line with the scores of the pixels themselves, measured once: a floor for features."""
     if not file.exists():
         run = common.Run(eval_linear.Config(encoder="", device="cpu", workers=0))
-        images = (common.load_images(str(data), split, 32) for split in ("train", "val"))
-        train, val = ((x.pixels.flatten(1).float(), x.labels) for x in images)
+        train, val = (raw_pixels(run, data, split) for split in ("train", "val"))
         classes = len(train[1].unique())
         found = {"linear": eval_linear.evaluate_cached(run, train, val, classes)["top1"],
                  "kNN": eval_linear.evaluate_knn(train, val, classes)["top1"]}  # fmt: skip
-        common.write_atomically(file, lambda f: f.write(json.dumps(found).encode()))
+        common.write_text(file, json.dumps(found))
     return "the pixels: linear {linear:.1f}, kNN {kNN:.1f}".format(**json.loads(file.read_text()))
 
 

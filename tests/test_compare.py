@@ -13,11 +13,26 @@ import compare
 import pytest
 import torch
 import torchvision
+from conftest import write_images
 from PIL import Image
+from torchvision.transforms import v2
 
 import common
 import eval_linear
 import mae_perceptual
+
+
+@pytest.fixture(scope="module")
+def data_folder(tmp_path_factory) -> pathlib.Path:
+    """train/ (64 images) and val/ (32), 16 px, with all ten class folders in both."""
+    folder = tmp_path_factory.mktemp("data")
+    write_images(folder / "train", 64, 16, seed=0)
+    write_images(folder / "val", 32, 16, seed=2)
+    return folder
+
+
+def pixels_of(file: pathlib.Path) -> torch.Tensor:
+    return v2.functional.pil_to_tensor(Image.open(file))
 
 
 @pytest.fixture
@@ -42,12 +57,12 @@ def run(out, data, *flags) -> None:
     compare.main(["--data", str(data), "--out", str(out), *flags])
 
 
-def test_rows_are_run_once_and_printed(called, tmp_path, shapes_folder, capsys):
+def test_rows_are_run_once_and_printed(called, tmp_path, data_folder, capsys):
     seeds = ["--quick", "--seeds", "0", "1", "--rows"]
-    run(tmp_path, shapes_folder, *seeds, "pixels")
+    run(tmp_path, data_folder, *seeds, "pixels")
     assert len(called) == 2 * 2
     capsys.readouterr()
-    run(tmp_path, shapes_folder, *seeds, "mae", "pixels")
+    run(tmp_path, data_folder, *seeds, "mae", "pixels")
     assert len(called) == 2 * 2 + 2 * 3  # those that were not done
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("| MAE |") for line in lines) == 3  # the baseline of three families
@@ -58,12 +73,12 @@ def test_rows_are_run_once_and_printed(called, tmp_path, shapes_folder, capsys):
     assert row.split(" | ")[2] == compare.cell([x["linear, mean"] for x in found])
     tuned = [json.loads(f.read_text()) for f in sorted(quick.glob("mae-*/finetune/eval.json"))]
     assert row.split(" | ")[5] == compare.cell([x["finetune"]["top1"] for x in tuned])
-    run(tmp_path, shapes_folder, "--quick", "--tables")
+    run(tmp_path, data_folder, "--quick", "--tables")
     assert len(called) == 2 * 2 + 2 * 3
 
 
-def test_features_of_one_pass_have_the_scores_of_eval_linear(called, tmp_path, shapes_folder):
-    run(tmp_path, shapes_folder, "--quick", "--seeds", "1", "--rows", "mae")
+def test_features_of_one_pass_have_the_scores_of_eval_linear(called, tmp_path, data_folder):
+    run(tmp_path, data_folder, "--quick", "--seeds", "1", "--rows", "mae")
     folder = tmp_path / "quick" / "mae-1"
     found = json.loads((folder / "frozen.json").read_text())
     for mode, key in (("linear", "linear"), ("knn", "kNN")):
@@ -77,8 +92,43 @@ def test_features_of_one_pass_have_the_scores_of_eval_linear(called, tmp_path, s
             assert entry.get("retrieval_1nn", 0) == found[f"1-NN, {pool}"] * (mode == "knn")
 
 
-def test_sharpness_by_loops(called, tmp_path, shapes_folder, capsys):
-    run(tmp_path, shapes_folder, "--quick", "--seeds", "0", "--rows", "raw", "mae")
+def pictures(folder) -> torch.Tensor:
+    """The images of all class folders (N, 3, H, W), in order, normalised."""
+    files = sorted(folder.glob("*/*"))
+    return common.normalize(torch.stack([pixels_of(file) for file in files]))
+
+
+def test_pixels_are_those_of_the_files(tmp_path, data_folder, monkeypatch):
+    """All of both splits, in fractions of 255, with the number of their class folder."""
+    scored = []
+
+    def score(*arguments):
+        *_, train, val, classes = arguments
+        scored.append((train, val, classes))
+        return {"top1": 10.0 * len(scored)}
+
+    common.write_text(tmp_path / "small.json", '{"linear": 1, "kNN": 2}')
+    assert compare.pixels(data_folder, tmp_path / "small.json") == \
+        "the pixels: linear 1.0, kNN 2.0"
+    monkeypatch.setattr(eval_linear, "evaluate_cached", score)
+    monkeypatch.setattr(eval_linear, "evaluate_knn", score)
+    line = compare.pixels(data_folder, tmp_path / "pixels.json")
+    assert line == "the pixels: linear 10.0, kNN 20.0" and (tmp_path / "pixels.json").exists()
+    for *sets, classes in scored:
+        assert classes == 10
+        for (found, labels), split in zip(sets, ("train", "val"), strict=True):
+            files = sorted((data_folder / split).glob("*/*"))
+            names = sorted({file.parent.name for file in (data_folder / "train").glob("*/*")})
+            assert labels.tolist() == [names.index(file.parent.name) for file in files]
+            for i in range(0, len(files), 7):
+                small = pixels_of(files[i])
+                large = v2.functional.resize(small, [36], v2.InterpolationMode.BICUBIC)
+                large = large[:, 2:34, 2:34].flatten() / 255
+                torch.testing.assert_close(found[i], large, atol=1e-5, rtol=0)
+
+
+def test_sharpness_by_loops(called, tmp_path, data_folder, capsys):
+    run(tmp_path, data_folder, "--quick", "--seeds", "0", "--rows", "raw", "mae")
     header = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("| method"))
     assert "| within | borders |" in header
     folder = tmp_path / "quick" / "raw-0"
@@ -86,9 +136,8 @@ def test_sharpness_by_loops(called, tmp_path, shapes_folder, capsys):
     model = mae_perceptual.build(mae_perceptual.Config(**json.loads(
         (folder / "config.json").read_text())))  # fmt: skip
     model.load_state_dict(torch.load(folder / "checkpoint.pt")["model"])
-    images = common.load_images(str(shapes_folder), "val", 16)
+    imgs = pictures(data_folder / "val")
     torch.manual_seed(0)
-    ((imgs, _),) = common.eval_batches(images, 16, torch.device("cpu"))
     with torch.no_grad():
         patches, mask = model(imgs)
     painted = common.denormalize(common.unpatchify(patches, 4, (4, 4)))
@@ -107,9 +156,9 @@ def test_sharpness_by_loops(called, tmp_path, shapes_folder, capsys):
         assert found[part] == pytest.approx(total[part, "painted"] / total[part, "true"], rel=1e-4)
 
 
-def test_rates_are_compared_on_held_out_images(called, tmp_path, shapes_folder, capsys):
+def test_rates_are_compared_on_held_out_images(called, tmp_path, data_folder, capsys):
     flags = ["--quick", "--seeds", "0", "--rows", "mae", "--rates", "1e-3", "1e-9"]
-    run(tmp_path, shapes_folder, *flags)
+    run(tmp_path, data_folder, *flags)
     table, found = capsys.readouterr().out, []
     for rate in ("1e-3", "1e-9"):
         folder = tmp_path / "quick" / "rates" / f"mae-{rate}-0"
@@ -121,20 +170,20 @@ def test_rates_are_compared_on_held_out_images(called, tmp_path, shapes_folder, 
     assert len(called) == 2 * 2  # trained, evaluated
 
 
-def test_held_out_images_are_training_images(tmp_path, shapes_folder):
-    folder = compare.subset(shapes_folder, tmp_path, 3, held_out=True)
+def test_held_out_images_are_training_images(tmp_path, data_folder):
+    folder = compare.subset(data_folder, tmp_path, 3, held_out=True)
     train, val = ({x.resolve() for x in (folder / y).rglob("*.*")} for y in ("train", "val"))
-    classes = len(list((shapes_folder / "train").iterdir()))
+    classes = len(list((data_folder / "train").iterdir()))
     assert len(train) == 2 * classes and len(val) == classes and not train & val
-    ours = {x.resolve() for x in (shapes_folder / "train").rglob("*.*")}
+    ours = {x.resolve() for x in (data_folder / "train").rglob("*.*")}
     assert train | val <= ours
-    folder = compare.subset(shapes_folder, tmp_path / "all", 3)
+    folder = compare.subset(data_folder, tmp_path / "all", 3)
     assert {x.resolve() for x in (folder / "val").rglob("*.*")}.isdisjoint(ours)
-    other = shutil.copytree(shapes_folder, tmp_path / "other")
+    other = shutil.copytree(data_folder, tmp_path / "other")
     with pytest.raises(common.UserError, match=r"has other images than .*other; use another"):
         compare.subset(other, tmp_path / "all", 3)
     with pytest.raises(common.UserError, match="has other images than"):
-        compare.subset(shapes_folder, tmp_path / "all", 2)  # fewer
+        compare.subset(data_folder, tmp_path / "all", 2)  # fewer
     shutil.rmtree(other / "val")
     for data in (other, tmp_path / "nowhere"):
         with pytest.raises(common.UserError, match="no train/ and val/ with the same class"):
@@ -169,7 +218,7 @@ def test_what_is_done_is_that_very_command(monkeypatch, tmp_path):
         compare.once(tmp_path / "done", "mae.py --lr 2", "--out", "a folder")
 
 
-def test_a_run_that_fails_does_not_end_the_others(monkeypatch, tmp_path, shapes_folder, capsys):
+def test_a_run_that_fails_does_not_end_the_others(monkeypatch, tmp_path, data_folder, capsys):
     calls = []
 
     def call(command, log):
@@ -180,7 +229,7 @@ def test_a_run_that_fails_does_not_end_the_others(monkeypatch, tmp_path, shapes_
     monkeypatch.setattr(compare, "call", call)
     monkeypatch.setattr(compare, "pixels", lambda *arguments: "")
     with pytest.raises(common.UserError, match="exit code 2; see its log"):
-        run(tmp_path, shapes_folder, "--seeds", "0", "--rows", "mixed", "mae")
+        run(tmp_path, data_folder, "--seeds", "0", "--rows", "mixed", "mae")
     evaluate = ["tests/compare.py", "eval_linear.py"]  # but not what was not trained
     assert calls == ["mixed_ae.py", "mae_perceptual.py", *evaluate]
     assert "The commands:" in capsys.readouterr().out
@@ -234,10 +283,13 @@ def test_verdicts_follow_from_the_runs_files(tmp_path):
 
 def test_every_row_s_command_is_accepted():
     for row in compare.ROWS.values():
+        if row.command.startswith("supervised_mim.py"):
+            assert "--decoder-depth 2" in row.command  # whatever the script's default is
         for more in ("", compare.QUICK):
             script, *flags = (row.command + more).split()
             module = importlib.import_module(script.removesuffix(".py"))
             cfg = common.parse(module.Config, module.PRESETS, flags)
+            cfg.check()
             module.build(cfg, *[10] * (script == "supervised_mim.py"))
 
 
