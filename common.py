@@ -1050,8 +1050,8 @@ def read_checkpoint(path) -> dict:
     """torch.load of tensors and primitives, on the CPU. UserError if that cannot be done."""
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise UserError(f"{path}: {error.strerror}") from None
     except Exception:  # of many types: zip, pickle, storage
         raise UserError(f"{path} is truncated or not a checkpoint") from None
     if not isinstance(loaded, dict):

@@ -327,7 +327,7 @@ def test_files_that_are_no_checkpoints(tmp_path):
     for name, message in (
         ("tensor", "holds a Tensor"), ("head", "holds no ViT"), ("text", "not a checkpoint"),
         ("keys", "holds no ViT"), ("odd", "holds no ViT"), ("shape", "does not describe a ViT"),
-        ("truncated", "truncated"), ("absent", "no such file"), ("folder", "is a folder; name"),
+        ("truncated", "truncated"), ("absent", "No such file"), ("folder", "Is a directory"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             common.load_encoder(tmp_path / f"{name}.pt")

@@ -468,7 +468,7 @@ MISTAKES = {
         (["--lr", "-1"], "--lr must be above 0"),
         (["--accumulate", "3"], "--batch-size 32 is not divisible by 1 processes x --accumulate 3"),
         (["--batch-size", "30000"], "--batch-size 30000 is more than the 20000 images"),
-        (["--init-from", "absent.pt"], "absent.pt: no such file"),
+        (["--init-from", "absent.pt"], "absent.pt: No such file"),
         (["--decoder-heads", "5"], "decoder width 64 is not divisible by 5 heads"),
         (["--decoder-depth", "0"], "--decoder-depth must be at least 1"),
         (["--variant", "ls2"], "invalid choice: 'ls2'"),
@@ -508,7 +508,7 @@ MISTAKES = {
         (["--mim-weight", "-1"], "--mim-weight must be at least 0"),
         (["--token-smoothing", "1.5"], "--token-smoothing must be at most 1"),
         (["--randaug", "31"], "--randaug must be at most 30"),
-        (["--tokenizer", "absent.pt"], "absent.pt: no such file"),
+        (["--tokenizer", "absent.pt"], "absent.pt: No such file"),
         (["--tokenizer", __file__, "--train-tokenizer"], "--tokenizer is of no use with --train"),
         (["--tokenizer", __file__], "is truncated or not a checkpoint"),
         (["--codebook-size", "0"], "--codebook-size must be at least 1"),
@@ -575,7 +575,7 @@ def test_restart_ignores_the_checkpoint_and_says_so(whole, tmp_path, shapes_fold
 def test_without_labels_there_is_no_knn_but_a_run(tmp_path, capsys):
     write_images(tmp_path / "data", 16, 16, seed=0, labelled=False)
     train("mae", tmp_path / "run", tmp_path / "data", "--epochs", "1", "--knn-every", "1")
-    assert "no kNN: that takes labels" in capsys.readouterr().out
+    assert "no kNN, because it needs labels" in capsys.readouterr().out
     assert (tmp_path / "run" / "recon_0001.png").exists()
     error = mistake(capsys, eval_linear, tmp_path / "run")
     assert "lacks labels: class folders in train/ and val/" in error
