@@ -269,7 +269,7 @@ def test_recognition_is_measured_on_a_fixed_mixture_without_segments(monkeypatch
 
     monkeypatch.setattr(model, "encode", record)
     with torch.no_grad():
-        model.segment.weight.mul_(20)
+        model.segment.weight.mul_(100)
     state = torch.get_rng_state()
     results = mixed_ae.recognition(model, imgs)
     assert torch.equal(torch.get_rng_state(), state)  # training goes on undisturbed
