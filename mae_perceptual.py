@@ -413,10 +413,15 @@ class Adversary(nn.Module):
         super().__init__()
         self.discriminator, self.frozen = discriminator, copy.deepcopy(discriminator)
         self.frozen.eval().requires_grad_(False)
-        self.augment, self.path_length, self.real_scores = AdaptiveAugment(), PathLength(), []
+        self.ada, self.real_scores = ada, []
+        self.augment = AdaptiveAugment() if ada else nn.Identity()
+        self.path_length = PathLength()
+        self.generator_loss = logistic_g_loss if ada else ls_g_loss
+        self.discriminator_loss = logistic_d_loss if ada else ls_d_loss
+        self.border = 0.0 if ada else 0.5  # D takes images of a higher score for real ones
         self.weights = dict(pix=1.0, feat=feature_weight, style=style_weight, adv=adv_weight)
         self.scale_weight, self.normalize_features = scale_weight, normalize_features
-        self.ada, self.r1_gamma, self.r1_every = ada, r1_gamma, r1_every
+        self.r1_gamma, self.r1_every = r1_gamma, r1_every
         self.path_weight, self.path_every = path_weight, path_every
 
     def refresh(self) -> None:
@@ -426,19 +431,44 @@ class Adversary(nn.Module):
 
     def losses(self, model: nn.Module, discriminator: nn.Module, imgs: Tensor, step: int,
                measure: bool = False):
-        """imgs (B, 3, S, S) -> the generator's loss, D's loss, stats to log, with `measure` the
-        sizes of the gradients among them. `model` and `discriminator`: the modules to call, wrapped
-        for several processes.
+        """imgs (B, 3, S, S) -> L_G, L_D and a dict of scalars to log, with `measure` the sizes of
+        the gradients among them. `model` and `discriminator` are the modules to call, wrapped for
+        several processes.
 
-        Both losses come from the same forward passes. So D's must be differentiated for D's
-        parameters alone, as if the fakes were detached, and the generator's for its own alone."""
-        with_path = self.ada and self.path_weight > 0 and step % self.path_every == 0
+        Both losses come from the same forward passes. Therefore L_D must be differentiated for the
+        parameters of D alone, as if the fakes were detached, and L_G for those of the generator."""
         with_r1 = self.ada and self.r1_gamma > 0 and step % self.r1_every == 0
-        stance = "force_eager" if with_path else "default"  # compiled, it has no second derivative
-        with torch.compiler.set_stance(stance):
-            reconstruction, _, *tokens = model(imgs, with_path)
-        fake = getattr(model, "module", model).images(reconstruction)
-        real = image_pyramid(imgs, [image.shape[-1] for image in fake])
+        with_path = self.ada and self.path_weight > 0 and step % self.path_every == 0
+        fake, real, tokens = generate(model, imgs, for_path=with_path)
+        fake_features, real_features = self.features(fake, real)
+        fake_score, real_score, seen = self.scores(discriminator, fake, real, for_r1=with_r1)
+        self.real_scores.append(real_score.detach())
+
+        terms = dict(
+            pix=pixel_loss(fake, real, self.scale_weight),
+            feat=feature_loss(fake_features, real_features),
+            style=style_loss(fake_features, real_features),
+            adv=self.generator_loss(fake_score),
+        )
+        weighted = {name: self.weights[name] * term for name, term in terms.items()}
+        g_loss = sum(weighted.values())
+        d_loss = self.discriminator_loss(real_score, fake_score)
+        stats = dict(loss=g_loss, **terms, d_loss=d_loss)
+        stats |= self.score_statistics(fake_score, real_score)
+        if measure:
+            stats |= gradient_sizes(weighted, fake[0])
+
+        if with_r1:
+            stats["r1"] = r1_penalty(real_score, seen)
+            d_loss = d_loss + self.r1_every * self.r1_gamma / 2 * stats["r1"]
+        if with_path:
+            stats["path"] = self.path_length(fake[0], tokens)
+            g_loss = g_loss + self.path_every * self.path_weight * stats["path"]
+        return g_loss, d_loss, stats
+
+    def features(self, fake: list[Tensor], real: list[Tensor]) -> tuple[list, list]:
+        """Feature maps of fakes and of real images in the frozen copy of D, the latter without
+        gradient. `normalize_features` divides both by the root mean square of the real map."""
         with torch.no_grad():
             _, real_features = self.frozen(real)
         _, fake_features = self.frozen(fake)
@@ -446,42 +476,25 @@ class Adversary(nn.Module):
             sizes = [f.float().square().mean().sqrt() for f in real_features]
             fake_features = [f / size for f, size in zip(fake_features, sizes, strict=True)]
             real_features = [f / size for f, size in zip(real_features, sizes, strict=True)]
+        return fake_features, real_features
 
-        seen_fake, seen_real = (self.augment(x) if self.ada else x for x in (fake, real))
-        seen_real = [image.detach().requires_grad_(with_r1) for image in seen_real]
-        fake_score, _ = discriminator(seen_fake)
-        # R1 in fp32: autocast would also round the products within the gradient.
-        with torch.autocast(imgs.device.type, enabled=False) if with_r1 else nullcontext():
-            real_score, _ = discriminator(seen_real)
-            r1 = r1_penalty(real_score, seen_real) if with_r1 else None
-        self.real_scores.append(real_score.detach())
+    def scores(self, discriminator: nn.Module, fake: list[Tensor], real: list[Tensor],
+               for_r1: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Scores (B,) of fakes and of real images, both augmented; the real images as D saw them,
+        which require a gradient `for_r1`."""
+        fake_score, _ = discriminator(self.augment(fake))
+        seen = [image.detach().requires_grad_(for_r1) for image in self.augment(real)]
+        # R1 needs fp32: autocast would also round the products within its gradient.
+        with torch.autocast(seen[0].device.type, enabled=False) if for_r1 else nullcontext():
+            real_score, _ = discriminator(seen)
+        return fake_score, real_score, seen
 
-        d_loss = (logistic_d_loss if self.ada else ls_d_loss)(real_score, fake_score)
-        terms = dict(
-            pix=pixel_loss(fake, real, self.scale_weight),
-            feat=feature_loss(fake_features, real_features),
-            style=style_loss(fake_features, real_features),
-            adv=(logistic_g_loss if self.ada else ls_g_loss)(fake_score),
-        )
-        weighted = {name: self.weights[name] * term for name, term in terms.items()}
-        g_loss, border = sum(weighted.values()), 0.0 if self.ada else 0.5
-        stats = dict(
-            loss=g_loss, **terms, d_loss=d_loss,
-            real_score=real_score.mean(), d_acc_real=(real_score > border).float().mean(),
-            fake_score=fake_score.mean(), d_acc_fake=(fake_score < border).float().mean(),
+    def score_statistics(self, fake_score: Tensor, real_score: Tensor) -> dict[str, Tensor]:
+        """Of scores (B,) the means, and the shares of images that D is right about."""
+        return dict(
+            real_score=real_score.mean(), d_acc_real=(real_score > self.border).float().mean(),
+            fake_score=fake_score.mean(), d_acc_fake=(fake_score < self.border).float().mean(),
         )  # fmt: skip
-        if measure:
-            for name, term in weighted.items():
-                total = term * fake[0].numel()  # of the sum over pixels: pix has a size of 1
-                (gradient,) = torch.autograd.grad(total, fake[0], retain_graph=True)
-                stats[f"grad_{name}"] = gradient.square().mean().sqrt()
-        if with_r1:
-            stats["r1"] = r1
-            d_loss = d_loss + self.r1_every * self.r1_gamma / 2 * r1
-        if with_path:
-            stats["path"] = self.path_length(fake[0], *tokens)
-            g_loss = g_loss + self.path_every * self.path_weight * stats["path"]
-        return g_loss, d_loss, stats
 
     def end_step(self, batch_size: int) -> None:
         """After a step of `batch_size` images over all processes: what follows from its scores."""
@@ -491,14 +504,42 @@ class Adversary(nn.Module):
         self.real_scores = []
 
 
+def generate(model: nn.Module, imgs: Tensor, for_path: bool = False):
+    """imgs (B, 3, S, S) -> fake, real, tokens. The first two are lists of images (B, 3, s, s) of
+    the same sizes, largest first: reconstructions by `model`, a PerceptualMAE that DDP may wrap,
+    and imgs themselves. The path length needs the decoder's tokens (B, 1+n, D) and a second
+    derivative: `for_path` provides both. Without it, tokens is None."""
+    if for_path:
+        with torch.compiler.set_stance("force_eager"):  # compiled, it has no second derivative
+            reconstruction, _, tokens = model(imgs, for_path=True)
+    else:
+        reconstruction, _ = model(imgs)
+        tokens = None
+    fake = getattr(model, "module", model).images(reconstruction)
+    return fake, image_pyramid(imgs, [image.shape[-1] for image in fake]), tokens
+
+
+def gradient_sizes(terms: dict[str, Tensor], image: Tensor) -> dict[str, Tensor]:
+    """The root mean square over pixels of each term's gradient at `image` (B, 3, S, S), from which
+    the terms were computed. The unit is the gradient of L_pix, which has the same size in every
+    pixel."""
+    sizes = {}
+    for name, term in terms.items():
+        total = term * image.numel()  # L_pix is a mean: its gradient in a pixel is 1 / numel
+        (gradient,) = torch.autograd.grad(total, image, retain_graph=True)
+        sizes[f"grad_{name}"] = gradient.square().mean().sqrt()
+    return sizes
+
+
 # ------------------------------------------------------------------------------ StyleGAN2-ADA
 
 
 def r1_penalty(real_score: Tensor, images: list[Tensor]) -> Tensor:
     """Squared norm of D's gradient (Mescheder et al. 2018), summed over scales, mean over images.
-    Scores (B,), made from images that require a gradient."""
-    gradients = torch.autograd.grad(real_score.sum(), images, create_graph=True)
-    return sum(gradient.square().sum(dim=(1, 2, 3)) for gradient in gradients).mean()
+    Scores (B,), made in fp32 from images that require a gradient."""
+    with torch.autocast(real_score.device.type, enabled=False):
+        gradients = torch.autograd.grad(real_score.sum(), images, create_graph=True)
+        return sum(gradient.square().sum(dim=(1, 2, 3)) for gradient in gradients).mean()
 
 
 class PathLength(nn.Module):
