@@ -674,8 +674,52 @@ def random_colour(count: int, p: float) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------------------ training
 
 
-def gan_step(run: common.Run, micro_batches, model: nn.Module, discriminator: nn.Module,
-             adversary: Adversary, optimizer, d_optimizer) -> None:
+def generator_lr(run: common.Run) -> float:
+    """The learning rate of this step: warm-up and cosine, or the peak learning rate, multiplied by
+    --lr-decay every 30 epochs."""
+    if run.cfg.lr_decay is None:
+        return common.warmup_cosine(run.step, run.total, run.warmup, run.peak_lr)
+    return run.peak_lr * run.cfg.lr_decay ** ((run.epoch - 1) // 30)
+
+
+def discriminator_lr(run: common.Run) -> float:
+    """D follows the generator's warm-up and cosine: with a constant learning rate it would win when
+    the generator's goes to 0. With --lr-decay it is constant, as in the authors' code."""
+    if run.cfg.lr_decay is None:
+        return run.cfg.disc_lr * run.lr / run.peak_lr
+    return run.cfg.disc_lr
+
+
+def mae_step(run: common.Run, model: nn.Module, optimizer, micro_batches) -> None:
+    """MAE: the squared error of hidden patches."""
+    cfg = run.cfg
+    for imgs, _ in micro_batches:
+        with run.autocast():
+            pred, mask = model(imgs)
+            target = common.patchify(imgs, cfg.patch_size)
+            loss = common.masked_mse(pred, target, mask, cfg.norm_pix)
+        run.backward(loss)
+        run.log(loss=loss)
+    run.update(optimizer)
+
+
+def image_step(run: common.Run, model: nn.Module, optimizer, micro_batches) -> None:
+    """L_pix alone: images are compared without a discriminator."""
+    for imgs, _ in micro_batches:
+        with run.autocast():
+            fake, real, _ = generate(model, imgs)
+            loss = pixel_loss(fake, real, run.cfg.scale_weight)
+        run.backward(loss)
+        run.log(loss=loss)
+    run.update(optimizer)
+
+
+def gan_step(run: common.Run, model: nn.Module, discriminator: nn.Module, adversary: Adversary,
+             optimizer, d_optimizer, micro_batches) -> None:
+    """Both players step at the same time. The copy of D is refreshed before that if it is due; the
+    sizes of gradients are measured in the last step of an epoch or run."""
+    for group in d_optimizer.param_groups:
+        group["lr"] = discriminator_lr(run)
     if run.step % max(1, round(run.cfg.refresh_epochs * run.loader.steps)) == 0:
         adversary.refresh()
     measure = run.step + 1 == run.last_step or (run.step + 1) % run.loader.steps == 0
@@ -688,6 +732,13 @@ def gan_step(run: common.Run, micro_batches, model: nn.Module, discriminator: nn
         del g_loss, d_loss, stats  # and with them the graph, before the next is made
     adversary.end_step(run.cfg.batch_size)
     run.update(optimizer, d_optimizer, norms=("g_norm", "d_norm"))
+
+
+def epoch_results(adversary: Adversary | None) -> dict[str, float]:
+    """What the log shows as it is at an epoch's end: p of the augmentation."""
+    if adversary is None or not adversary.ada:
+        return {}
+    return dict(ada_p=adversary.augment.p)
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -714,7 +765,10 @@ def build(cfg: Config) -> PerceptualMAE:
     return PerceptualMAE(encoder, decoder, cfg.mask_ratio)
 
 
-def build_adversary(cfg: Config) -> Adversary:
+def build_adversary(cfg: Config) -> Adversary | None:
+    """None for a variant that has no discriminator, and where no loss that needs it has weight."""
+    if cfg.variant == "mae" or max(cfg.feature_weight, cfg.style_weight, cfg.adv_weight) == 0:
+        return None
     kind = MSGDiscriminator if cfg.variant.startswith("msg") else Discriminator
     discriminator = kind(cfg.img_size, cfg.disc_width)
     return Adversary(
@@ -732,44 +786,31 @@ def main(cfg: Config, data=None) -> None:
     if cfg.init_from and not run.resumes:
         common.init_from(cfg.init_from, model)
     optimizer = common.adamw(model, cfg.weight_decay)
-    state, plain = dict(model=model, optimizer=optimizer), cfg.variant == "mae"
-    if with_d := not plain and any((cfg.feature_weight, cfg.style_weight, cfg.adv_weight)):
-        adversary = build_adversary(cfg).to(run.device)
-        d_optimizer = common.adamw(adversary.discriminator, 0.0, cfg.disc_lr)
+    state = dict(model=model, optimizer=optimizer)
+    adversary = build_adversary(cfg)
+    if adversary is not None:
+        adversary.to(run.device)
+        d_optimizer = common.adamw(adversary.discriminator, weight_decay=0.0)
         state |= dict(adversary=adversary, d_optimizer=d_optimizer)
 
     train, val = data or common.load_pair(cfg)
     loader = common.TrainLoader(run, train, common.RandomCrop(cfg.img_size, cfg.min_crop))
     examples = common.example_images(val or train, common.CentreCrop(cfg.img_size), run.device)
-    picture = functools.partial(reconstruct, model, examples, norm_pix=plain and cfg.norm_pix)
+    picture = functools.partial(reconstruct, model, examples, cfg.variant == "mae" and cfg.norm_pix)
     run.start(loader, val, **state)
     ddp = run.wrap(model)
-    ddp_d = run.wrap(adversary.discriminator, compile=False) if with_d else None
-    for epoch in run.epochs():
-        decayed = cfg.lr_decay and run.peak_lr * cfg.lr_decay ** ((epoch - 1) // 30)
+    if cfg.variant == "mae":
+        step = functools.partial(mae_step, run, ddp, optimizer)
+    elif adversary is None:
+        step = functools.partial(image_step, run, ddp, optimizer)
+    else:
+        ddp_d = run.wrap(adversary.discriminator, compile=False)
+        step = functools.partial(gan_step, run, ddp, ddp_d, adversary, optimizer, d_optimizer)
+    for _ in run.epochs():
         for micro_batches in run.steps():
-            run.set_lr(optimizer, lr=decayed)  # None: warm-up and cosine
-            if with_d:
-                if decayed is None:  # D's, too: else D wins while the generator's goes to 0
-                    for group in d_optimizer.param_groups:
-                        group["lr"] = cfg.disc_lr * run.lr / run.peak_lr
-                gan_step(run, micro_batches, ddp, ddp_d, adversary, optimizer, d_optimizer)
-                continue
-            for imgs, _ in micro_batches:
-                with run.autocast():
-                    pred, mask = ddp(imgs)
-                    if plain:
-                        target = common.patchify(imgs, cfg.patch_size)
-                        loss = common.masked_mse(pred, target, mask, cfg.norm_pix)
-                    else:  # no use for D
-                        fake = model.images(pred)
-                        real = image_pyramid(imgs, [image.shape[-1] for image in fake])
-                        loss = pixel_loss(fake, real, cfg.scale_weight)
-                run.backward(loss)
-                run.log(loss=loss)
-            run.update(optimizer)
-        results = dict(ada_p=adversary.augment.p) if with_d and adversary.ada else {}
-        run.end_epoch(model.encoder, picture, **results)
+            run.set_lr(optimizer, lr=generator_lr(run))
+            step(micro_batches)
+        run.end_epoch(model.encoder, picture, **epoch_results(adversary))
 
 
 if __name__ == "__main__":
