@@ -8,10 +8,12 @@ encoder's feature maps (multi-scale gradients); StyleGAN2-ADA's way to train the
 
     --variant    decoder        discriminator, adversarial loss                perceptual loss
     mae          MAE's          none: squared error on (normalised) pixels     no
+    ssim         MAE's          none: structural similarity is the whole loss  fixed, not learned
     ls           MAE's          one scale, least squares                       yes
     msg          multi-scale    multi-scale, least squares                     yes
     msg-ada      multi-scale    multi-scale, logistic, R1, path length, ADA    yes: the full method
-If --feature-weight, --style-weight and --adv-weight are all 0, there is L_pix alone: no D, no path.
+If --feature-weight, --style-weight and --adv-weight are all 0, the last three variants train with
+L_pix alone and have no discriminator.
 
     python mae_perceptual.py                                    # built-in images, all of the method
     python mae_perceptual.py --variant mae --out runs/mae-demo  # the same with plain MAE
@@ -40,12 +42,20 @@ of a frozen copy of the discriminator D; images are normalised, for D and the lo
     path    = 2 (|J'n| - its running mean)^2, added to L_G; every 4th step, then 4-fold;
               J = dy/dtokens of the decoder, n normal noise / side of the image    PathLength
     p       up if E[sign D(x)] > 0.6, else down                     AdaptiveAugment.update
+The loss of --variant ssim compares RGB images: x in 0..1, y not clipped. Sides s are S, S/2, S/4
+and S/8 of an image of S pixels, but at least 4.
+    L_ssim  = sum_s 0.85 mean clamp((1 - SSIM(y_s, x_s)) / 2, 0, 1) + 0.15 mean |y_s - x_s|
+                                                                    ssim_loss
+    SSIM    = (2 m_y m_x + C1) (2 c_yx + C2) / ((m_y^2 + m_x^2 + C1) (v_y + v_x + C2)) with means m,
+              biased variances v and covariance c of 3 x 3 windows; borders are reflected;
+              C1 = 0.01^2, C2 = 0.03^2                              ssim
 
-In metrics.jsonl: loss is L_G; pix (of all scales, with --scale-weight), feat, style, adv its terms
-before their weights; d_loss is L_D without R1; r1 and path are penalties before their weights, on
-the steps that have them; real_score and fake_score the means of D(x) and D(y); d_acc_real and
-d_acc_fake the shares of x and y on the right side of 0 (logistic) or 1/2; g_norm and d_norm the
-players' gradient norms; ada_p is p.
+In metrics.jsonl, loss is what the generator minimises: L_G without the penalty path, or MAE's loss,
+or L_ssim, or L_pix alone. ssim is L_ssim. pix (of all scales, with --scale-weight), feat, style and
+adv are the terms of L_G before their weights. d_loss is L_D without R1. r1 and path are penalties
+before their weights, on the steps that have them. real_score and fake_score are the means of D(x)
+and D(y), d_acc_real and d_acc_fake the shares of x and y on the right side of 0 (logistic) or 1/2.
+g_norm and d_norm are the players' gradient norms. ada_p is p.
 grad_pix, grad_feat, grad_style and grad_adv, on the last step of an epoch or run, say how hard each
 weighted term pulls at the full-size y: the root mean square over pixels of its gradient, 1 for
 L_pix. Far below 0.1 a term does nothing, above 2 it takes over: change its weight. It is of one
@@ -72,9 +82,11 @@ and msg-ada was no better.
 Provenance
     paper            perceptual and style loss in features of D; multi-scale gradients; the use of
                      StyleGAN2-ADA
-    authors' code    weights and features of the losses; L_pix at full size alone; a new copy of D
-                     every 5 epochs; the decoder's skips and image heads, in this order; layers of
-                     both discriminators; gamma of R1; the numbers in PRESETS["imagenet"]
+    a summary        of the paper: it also studies structural similarity as the perceptual loss
+    authors' code    weights and features of the losses; constants, windows and scales of L_ssim;
+                     L_pix at full size alone; a new copy of D every 5 epochs; the decoder's skips
+                     and image heads, in this order; layers of both discriminators; gamma of R1; the
+                     numbers in PRESETS["imagenet"]
     Karras et al.    2020, named by the paper: logistic loss, lazy R1, path length, rule for p, and
                      the augmentations (drawn anew for reals and fakes)
     He et al.        paper and code: PRESETS["imagenet-mae"]; initialisation; MAE's loss
@@ -94,6 +106,8 @@ Known deviations
                                                        the end: grad_adv ended at 5 to 43
     D and the generator step at the same time          one forward pass of each; no micro-batch is
                                                        kept for a second one
+    L_ssim compares RGB images, the authors'           C1 and C2 are made for values in 0..1, which
+      normalised ones                                  normalised pixels exceed
     BatchNorm of "ls", minibatch deviation of the      keep at least 4 images in a micro-batch; with
       others: of a process and micro-batch             another split "ls" differs by up to 0.6 %
     R1 is of D's input after augmentation              none while p is 0
@@ -126,7 +140,7 @@ import common
 
 @dataclass
 class Config(common.Config):
-    variant: Literal["mae", "ls", "msg", "msg-ada"] = "msg-ada"  # msg-ada is the full method
+    variant: Literal["mae", "ssim", "ls", "msg", "msg-ada"] = "msg-ada"  # full method: msg-ada
     norm_pix: bool = True  # mae only: regress patches in units of their own mean and std
     decoder_dim: int = 512  # width of the decoder
     decoder_depth: int = 8  # blocks of the decoder; msg: at least as many as image scales
@@ -308,6 +322,43 @@ def pixel_loss(fake: list[Tensor], real: list[Tensor], scale_weight: float = 0.0
     """L_pix of images (B, 3, S, S), largest first; the smaller ones count `scale_weight` each."""
     errors = [(f - r).abs().mean() for f, r in zip(fake, real, strict=True)]
     return errors[0] + scale_weight * sum(errors[1:])
+
+
+def to_rgb(imgs: Tensor) -> Tensor:
+    """Network input -> RGB, in 0..1 for images. A reconstruction may leave that range and is not
+    clipped to it, because clipped pixels have no gradient."""
+    mean, std = common.STATISTICS.to(imgs.device, non_blocking=True)
+    return imgs * std + mean
+
+
+def ssim_loss(fake: Tensor, real: Tensor, scales: int = 4) -> Tensor:
+    """L_ssim of RGB images (B, 3, S, S) in 0..1, at sides S, S/2, S/4, ...: as many as `scales`
+    says, but none below 4 pixels."""
+    sides = [fake.shape[-1]]
+    while len(sides) < scales and sides[-1] >= 8:
+        sides.append(sides[-1] // 2)
+    loss = 0.0
+    for f, r in zip(image_pyramid(fake, sides), image_pyramid(real, sides), strict=True):
+        dissimilarity = ((1 - ssim(f, r)) / 2).clamp(0, 1)  # cuts off no more than rounding errors
+        loss = loss + 0.85 * dissimilarity.mean() + 0.15 * (f - r).abs().mean()
+    return loss
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity (Wang et al. 2004) of images (B, C, H, W) with values in 0..1 -> (B, C,
+    H, W) in -1..1, of the 3 x 3 window around each pixel. Images are reflected at their borders;
+    variances are biased."""
+
+    def window_mean(x: Tensor) -> Tensor:
+        return F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), kernel_size=3, stride=1)
+
+    mean_a, mean_b = window_mean(a), window_mean(b)
+    variance_a = window_mean(a * a) - mean_a * mean_a
+    variance_b = window_mean(b * b) - mean_b * mean_b
+    covariance = window_mean(a * b) - mean_a * mean_b
+    c1, c2 = 0.01**2, 0.03**2
+    similar = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    return similar / ((mean_a * mean_a + mean_b * mean_b + c1) * (variance_a + variance_b + c2))
 
 
 def ls_d_loss(real_score: Tensor, fake_score: Tensor) -> Tensor:
@@ -704,13 +755,18 @@ def mae_step(run: common.Run, model: nn.Module, optimizer, micro_batches) -> Non
 
 
 def image_step(run: common.Run, model: nn.Module, optimizer, micro_batches) -> None:
-    """L_pix alone: images are compared without a discriminator."""
+    """L_ssim or L_pix alone: images are compared without a discriminator."""
+    cfg = run.cfg
     for imgs, _ in micro_batches:
         with run.autocast():
             fake, real, _ = generate(model, imgs)
-            loss = pixel_loss(fake, real, run.cfg.scale_weight)
+            if cfg.variant == "ssim":
+                loss = ssim_loss(to_rgb(fake[0]), to_rgb(imgs))
+                run.log(loss=loss, ssim=loss)
+            else:
+                loss = pixel_loss(fake, real, cfg.scale_weight)
+                run.log(loss=loss, pix=loss)
         run.backward(loss)
-        run.log(loss=loss)
     run.update(optimizer)
 
 
@@ -767,7 +823,8 @@ def build(cfg: Config) -> PerceptualMAE:
 
 def build_adversary(cfg: Config) -> Adversary | None:
     """None for a variant that has no discriminator, and where no loss that needs it has weight."""
-    if cfg.variant == "mae" or max(cfg.feature_weight, cfg.style_weight, cfg.adv_weight) == 0:
+    weights = cfg.feature_weight, cfg.style_weight, cfg.adv_weight
+    if cfg.variant in ("mae", "ssim") or max(weights) == 0:
         return None
     kind = MSGDiscriminator if cfg.variant.startswith("msg") else Discriminator
     discriminator = kind(cfg.img_size, cfg.disc_width)

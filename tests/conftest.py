@@ -70,6 +70,10 @@ METHODS = {
         ["--epochs", "3", "--accumulate", "2", "--knn-every", "2", "--recon-every", "2"],
         at(3, 5, 12),
     ),
+    "ssim": Method(
+        mae_perceptual, [*DECODER, "--variant", "ssim"],
+        ["--epochs", "3", "--accumulate", "2", "--recon-every", "2"], at(3, 12),
+    ),
     "ls": Method(mae_perceptual, [*GAN, "ls"], *gan),
     "msg": Method(mae_perceptual, [*GAN, "msg"], *gan),
     "msg-ada": Method(mae_perceptual, [*GAN, "msg-ada"], *gan),

@@ -104,6 +104,105 @@ def test_r1_and_path_length_of_functions_whose_gradient_is_known():
         assert torch.autograd.grad(penalty, matrix)[0].abs().sum() > 0
 
 
+# ------------------------------------------------------------------------------ ssim
+
+
+def shrink(imgs, k):
+    """Images at 1/k of their side: a triangle filter of half-width k, cut off at the borders."""
+    centre = torch.arange(imgs.shape[-1], dtype=imgs.dtype) + 0.5  # of a pixel
+    small_centre = k * centre[: imgs.shape[-1] // k, None]
+    matrix = (1 - (centre - small_centre).abs() / k).clamp(min=0)
+    matrix /= matrix.sum(1, keepdim=True)
+    return matrix @ imgs @ matrix.T
+
+
+def slow_ssim_loss(fake, real, shares):
+    """L_ssim from its equation, at the sides S / k for each k of `shares`: window by window."""
+    total = 0.0
+    for k in shares:
+        dissimilarities, errors = [], []
+        for x, y in zip(shrink(fake, k).flatten(0, 1), shrink(real, k).flatten(0, 1), strict=True):
+            side, x, y = len(x), x.tolist(), y.tolist()
+            around = [[i - 1, i, i + 1] for i in range(side)]
+            around[0], around[-1] = [1, 0, 1], [side - 2, side - 1, side - 2]  # reflected
+            for i, j in itertools.product(range(side), range(side)):
+                places = list(itertools.product(around[i], around[j]))
+                u, v = [x[a][b] for a, b in places], [y[a][b] for a, b in places]
+                m_u, m_v = sum(u) / 9, sum(v) / 9
+                var_u = sum((p - m_u) ** 2 for p in u) / 9
+                var_v = sum((q - m_v) ** 2 for q in v) / 9
+                cov = sum((p - m_u) * (q - m_v) for p, q in zip(u, v, strict=True)) / 9
+                luminance = (2 * m_u * m_v + 0.0001) / (m_u**2 + m_v**2 + 0.0001)
+                structure = (2 * cov + 0.0009) / (var_u + var_v + 0.0009)
+                dissimilarities.append(min(max((1 - luminance * structure) / 2, 0), 1))
+                errors.append(abs(x[i][j] - y[i][j]))
+        total += 0.85 * sum(dissimilarities) / len(dissimilarities)
+        total += 0.15 * sum(errors) / len(errors)
+    return total
+
+
+def image_pair(side, channels=3, dtype=torch.float64):
+    """Reconstructions that leave 0..1, and images: from equal on the left to unlike on the right,
+    with a dark part on the left and an even one at the top."""
+    torch.manual_seed(side)
+    real = torch.rand(1, channels, side, side, dtype=dtype)
+    real[..., : side // 3] *= 0.02
+    real[..., : side // 4, :] = 0.3
+    fake = real + torch.randn_like(real) * torch.linspace(0, 1, side, dtype=dtype)
+    return fake, real
+
+
+@pytest.mark.parametrize("side, channels, shares", [
+    (32, 3, [1, 2, 4, 8]), (224, 1, [1, 2, 4, 8]), (16, 3, [1, 2, 4]), (8, 3, [1, 2]), (4, 3, [1]),
+])  # fmt: skip
+def test_ssim_loss_equals_loops_at_all_scales_of_4_pixels_or_more(side, channels, shares):
+    fake, real = image_pair(side, channels)
+    expected = slow_ssim_loss(fake, real, shares)
+    assert pm.ssim_loss(fake, real).item() == pytest.approx(expected, rel=1e-9)
+    assert pm.ssim_loss(fake.float(), real.float()).item() == pytest.approx(expected, rel=1e-4)
+    if side == 32:
+        assert pm.ssim_loss(fake, real, scales=2).item() == pytest.approx(
+            slow_ssim_loss(fake, real, [1, 2]), rel=1e-9)  # fmt: skip
+
+
+def test_ssim_loss_of_even_images_is_the_formula():
+    """Their windows have no variance: 0.2 and 0.6 differ in luminance alone."""
+    fake, real = (torch.full((1, 3, 32, 32), x, dtype=torch.float64) for x in (0.2, 0.6))
+    similarity = (2 * 0.2 * 0.6 + 0.0001) / (0.2**2 + 0.6**2 + 0.0001)
+    expected = 4 * (0.85 * (1 - similarity) / 2 + 0.15 * 0.4)
+    assert pm.ssim_loss(fake, real).item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("side", [32, 224])
+def test_ssim_loss_of_equal_images_is_exactly_0(side):
+    for image in image_pair(side, dtype=torch.float32):  # of those outside 0..1, too
+        assert pm.ssim_loss(image.clone(), image).item() == 0.0
+
+
+def test_ssim_loss_has_a_gradient_at_every_pixel():
+    """Also where the reconstruction is below 0 or above 1, and where the image is even."""
+    torch.manual_seed(0)
+    pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    pixels[0, :, :16], pixels[1, :, 16:] = 0, 255
+    imgs, reconstruction = common.normalize(pixels), 2 * torch.randn(2, 3, 32, 32)
+    reconstruction.requires_grad_()
+    fake, real = pm.to_rgb(reconstruction), pm.to_rgb(imgs)
+    torch.testing.assert_close(real, pixels / 255)
+    assert ((fake < 0) | (fake > 1)).float().mean() > 0.2
+    (gradient,) = torch.autograd.grad(pm.ssim_loss(fake, real), reconstruction)
+    assert gradient.isfinite().all() and (gradient != 0).all()
+    equal = imgs.clone().requires_grad_()  # where the loss is 0
+    assert torch.autograd.grad(pm.ssim_loss(pm.to_rgb(equal), real), equal)[0].isfinite().all()
+
+
+def test_ssim_loss_is_fp32_under_autocast():
+    fake, real = image_pair(32, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = pm.ssim_loss(fake, real)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, pm.ssim_loss(fake, real), rtol=1e-6, atol=0)
+
+
 # ------------------------------------------------------------------------------ generator
 
 
@@ -115,12 +214,7 @@ def test_pyramid_is_a_triangle_filter():
     pyramid = pm.image_pyramid(imgs, [16, 8, 4])
     assert pyramid[0] is imgs and [x.shape[-1] for x in pyramid] == [16, 8, 4]
     for small, k in ((pyramid[1], 2), (pyramid[2], 4)):
-        matrix = torch.zeros(16 // k, 16)
-        for i in range(16 // k):
-            for j in range(16):
-                matrix[i, j] = max(0, 1 - abs((j + 0.5) - (i + 0.5) * k) / k)
-        matrix /= matrix.sum(1, keepdim=True)
-        torch.testing.assert_close(small, matrix @ imgs @ matrix.T, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(small, shrink(imgs, k), atol=1e-5, rtol=1e-5)
 
 
 def test_msg_decoder_equals_a_slow_version():
@@ -568,6 +662,27 @@ def test_a_run(variant, whole):
     assert (whole(variant) / "recon_0003.png").exists()
 
 
+def test_ssim_trains_on_rgb_without_d(whole, tmp_path, shapes_folder, monkeypatch):
+    seen, ssim_loss = [], pm.ssim_loss
+    monkeypatch.setattr(pm, "ssim_loss", lambda *args: seen.append(args) or ssim_loss(*args))
+    train("ssim", tmp_path, shapes_folder, "--epochs", "15", "--lr", "0.01")
+    first, *_, last = metrics(tmp_path)
+    assert last["loss"] < 0.9 * first["loss"]
+    for fake, real in seen[:2]:  # RGB, of which only the reconstruction is not clipped
+        assert fake.shape == real.shape == (16, 3, 16, 16) and fake.requires_grad
+        pixels = (255 * real).round().clamp(0, 255)
+        torch.testing.assert_close(255 * real, pixels, rtol=0, atol=1e-3)
+        assert fake.min() < 0 or fake.max() > 1
+    losses = torch.stack([ssim_loss(*args) for args in seen])
+    assert first["loss"] == pytest.approx(losses[:4].mean().item(), rel=1e-6)
+    for line in metrics(whole("ssim")):
+        assert line["loss"] == line["ssim"]
+        assert not line.keys() & {"pix", "feat", "adv", "d_loss", "grad_pix", "ada_p"}
+    assert (whole("ssim") / "recon_0003.png").exists()
+    state = torch.load(whole("ssim") / "checkpoint.pt", weights_only=True)
+    assert "model" in state and not state.keys() & {"adversary", "d_optimizer"}
+
+
 def test_the_copy_of_d_moves_only_when_it_is_due(tmp_path, shapes_folder, monkeypatch):
     """Every second step of an epoch of four, BatchNorm's statistics included; never between
     micro-batches. Gradients are measured on the epoch's last step."""
@@ -630,6 +745,7 @@ def test_without_losses_of_d_there_is_no_d(variant, tmp_path, shapes_folder, mon
     assert seen == {0.5}
     first, *_, last = metrics(tmp_path)
     assert last["loss"] < 0.9 * first["loss"]
+    assert first["pix"] == first["loss"]
     assert not first.keys() & {"d_loss", "feat", "grad_pix", "ada_p"}
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert "model" in state and not state.keys() & {"adversary", "d_optimizer"}
