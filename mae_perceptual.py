@@ -108,8 +108,9 @@ Known deviations
                                                        kept for a second one
     L_ssim compares RGB images, the authors'           C1 and C2 are made for values in 0..1, which
       normalised ones                                  normalised pixels exceed
-    BatchNorm of "ls", minibatch deviation of the      keep at least 4 images in a micro-batch; with
-      others: of a process and micro-batch             another split "ls" differs by up to 0.6 %
+    BatchNorm of "ls", minibatch deviation of the      keep at least 4 images in a micro-batch (msg
+      others: of a process and micro-batch             and msg-ada warn of fewer); with another
+                                                       split "ls" differs by up to 0.6 %
     R1 is of D's input after augmentation              none while p is 0
     R1 has the 1/2 and the factor 16 of a lazy term    8 times the authors' R1 at the same gamma
                                                        (Karras et al.: 0.0002 side^2 / batch)
@@ -790,6 +791,18 @@ def gan_step(run: common.Run, model: nn.Module, discriminator: nn.Module, advers
     run.update(optimizer, d_optimizer, norms=("g_norm", "d_norm"))
 
 
+def warn_of_few_images(run: common.Run) -> None:
+    """The minibatch standard deviation of an MSGDiscriminator compares the images of a micro-batch.
+    Of one image it is 0, of two or three a rough estimate."""
+    count = run.loader.micro_batch
+    if run.cfg.variant in ("msg", "msg-ada") and count < 4:
+        run.print(
+            f"  warning: a micro-batch should have at least 4 images, not {count}, because the "
+            "discriminator compares them: take fewer processes, a smaller --accumulate or a larger "
+            "--batch-size"
+        )
+
+
 def epoch_results(adversary: Adversary | None) -> dict[str, float]:
     """What the log shows as it is at an epoch's end: p of the augmentation."""
     if adversary is None or not adversary.ada:
@@ -861,6 +874,7 @@ def main(cfg: Config, data=None) -> None:
     elif adversary is None:
         step = functools.partial(image_step, run, ddp, optimizer)
     else:
+        warn_of_few_images(run)
         ddp_d = run.wrap(adversary.discriminator, compile=False)
         step = functools.partial(gan_step, run, ddp, ddp_d, adversary, optimizer, d_optimizer)
     for _ in run.epochs():

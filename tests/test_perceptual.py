@@ -716,6 +716,19 @@ def test_one_generator_and_two_discriminator_passes_a_step(tmp_path, shapes_fold
     assert calls.count(("MSGDiscriminator", False)) == 2 * 4  # the copy
 
 
+@pytest.mark.parametrize("variant, accumulate, warned", [
+    ("msg", 8, True), ("msg-ada", 8, True), ("msg", 4, False), ("ls", 8, False),
+])  # fmt: skip
+def test_micro_batches_that_d_cannot_compare_are_warned_of(
+    variant, accumulate, warned, tmp_path, shapes_folder, capsys
+):
+    flags = ["--accumulate", accumulate, "--steps", "1", "--epochs", "1"]  # of 16 images
+    train(variant, tmp_path, shapes_folder, *flags)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert len(lines) == warned
+    assert all("at least 4 images, not 2" in line for line in lines)
+
+
 def test_learning_rates_decay_every_30_epochs(tmp_path, shapes_folder):
     flags = ["--epochs", "31", "--batch-size", "64", "--knn-every", "0", "--recon-every", "40"]
     decay = ["--lr", "0.001", "--lr-decay", "0.5", "--warmup-epochs", "0"]
