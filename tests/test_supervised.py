@@ -52,6 +52,14 @@ def load(path) -> VQTokenizer:
     return supervised_mim.restore_tokenizer(content, path, settings(METHOD), compare=False)
 
 
+def images_of(folder, split: str) -> tuple[torch.Tensor, list[int]]:
+    """All images of a split, 16 px, normalised, and their labels."""
+    images = common.load_dataset(str(folder), split, 16)
+    pairs = [images[i] for i in range(len(images))]
+    pixels = torch.stack([common.rgb_tensor(image) for image, _ in pairs])
+    return common.normalize(pixels), [label for _, label in pairs]
+
+
 @pytest.fixture()
 def trained(whole):
     """A whole run of three epochs, for reading only."""
@@ -403,7 +411,7 @@ def test_tokens_are_those_of_the_crop_before_randaugment(
     flags = ["--steps", "4", "--tokenizer", tokenizer, "--randaug", "9", "--min-crop", "0.999"]
     train(METHOD, tmp_path, shapes_folder, *flags)
     encode, mirrored = load(tokenizer).eval().encode, 0
-    originals = common.normalize(common.load_images(str(shapes_folder), "train", 16).pixels)
+    originals, _ = images_of(shapes_folder, "train")
     for imgs, _, ids, clean in calls:
         pixels, changed = (common.denormalize(x) for x in (clean, imgs))
         torch.testing.assert_close(changed, 1 - pixels, atol=1e-4, rtol=0)
@@ -417,19 +425,19 @@ def test_tokens_are_those_of_the_crop_before_randaugment(
 
 
 def test_augment_changes_one_of_two_equal_crops():
-    imgs, index = common.draw_shapes(2, 40, 0)[0], torch.arange(2)
+    image = common.draw_shapes(1, 40, 0)[0][0]
     crop = common.RandomCrop(16, 0.5)
     augment, changed = supervised_mim.Augment(crop, 15, clean=True), 0
     alone = supervised_mim.Augment(crop, 15, clean=False)
     for seed in range(20):
         torch.manual_seed(seed)
-        after, before = augment(imgs[:1], index[:1])
+        after, before, label = augment(image, 3, 0)
         torch.manual_seed(seed)
-        assert torch.equal(crop(imgs[:1], index[:1])[0], before)
+        assert torch.equal(crop(image, 3, 0)[0], before) and label == 3
         torch.manual_seed(seed)
-        (same,) = alone(imgs[:1], index[:1])
-        assert torch.equal(same, after)
-        assert after.shape == before.shape == (1, 3, 16, 16)
+        same, label = alone(image, 3, 0)
+        assert torch.equal(same, after) and label == 3
+        assert after.shape == before.shape == (3, 16, 16)
         assert after.dtype == before.dtype == torch.uint8
         changed += not torch.equal(after, before)
     assert changed > 12
@@ -473,7 +481,7 @@ def test_a_run_and_its_classifiers(trained):
 def test_the_tokenizer_is_measured_on_the_validation_images(trained, shapes_folder):
     folder = trained / "tokenizer"
     tokenizer, last = load(folder / "tokenizer.pt"), metrics(folder)[-1]
-    imgs = common.normalize(common.load_images(str(shapes_folder), "val", 16).pixels)
+    imgs, _ = images_of(shapes_folder, "val")
     recon, ids, _ = tokenizer.eval()(imgs)
     assert last["psnr"] == pytest.approx(supervised_mim.psnr(imgs, recon).mean().item(), abs=1e-3)
     expected = pytest.approx(supervised_mim.perplexity(ids, 16), abs=1e-4)
@@ -496,11 +504,11 @@ def test_validation_equals_a_loop(trained, shapes_folder):
     """The last line's val_top1, of the exported encoder and head."""
     state = torch.load(trained / "classifier.pt", weights_only=True)["model"]
     encoder, hits = common.load_encoder(trained / "classifier.pt").eval(), 0
-    val = common.load_images(str(shapes_folder), "val", 16)
-    for img, label in zip(common.normalize(val.pixels), val.labels, strict=True):
+    imgs, labels = images_of(shapes_folder, "val")
+    for img, label in zip(imgs, labels, strict=True):
         logits = state["head.weight"] @ encoder(img[None])[0, 0] + state["head.bias"]
         hits += int(logits.argmax() == label)
-    assert metrics(trained)[-1]["val_top1"] == pytest.approx(100 * hits / len(val), abs=0.01)
+    assert metrics(trained)[-1]["val_top1"] == pytest.approx(100 * hits / len(imgs), abs=0.01)
 
 
 def test_without_mim_it_is_the_supervised_baseline_bit_for_bit(tmp_path, shapes_folder):
@@ -509,9 +517,9 @@ def test_without_mim_it_is_the_supervised_baseline_bit_for_bit(tmp_path, shapes_
     train(METHOD, tmp_path, shapes_folder, *flags, "--mim-weight", "0")
     assert not (tmp_path / "tokenizer").exists() and not list(tmp_path.glob("recon_*"))
     cfg = settings(METHOD, *flags)
-    train_set = common.load_images(str(shapes_folder), "train", 16)
+    train_set = common.load_dataset(str(shapes_folder), "train", 16)
     crop = common.RandomCrop(16, cfg.min_crop)
-    loader = common.TrainLoader(train_set, cfg, common.Run(cfg), crop)
+    loader = common.TrainLoader(common.Run(cfg), train_set, crop)
     torch.manual_seed(common.random_seed("init", 0))
     vit, head = common.ViT(16, 4, embed_dim=192, depth=2, num_heads=3), torch.nn.Linear(192, 10)
     torch.nn.init.zeros_(head.weight)
@@ -695,12 +703,13 @@ def test_every_flag_reaches_its_part(tmp_path, shapes_folder, monkeypatch):
     used = json.loads((tmp_path / "tokenizer" / "config.json").read_text())
     assert (used["lr"], used["epochs"], used["seed"], used["min_crop"]) == (7e-4, 5, 3, 0.3)
     assert (used["batch_size"], used["clip_grad"], used["weight_decay"]) == (16, 1, 1e-4)
-    made = []
-    monkeypatch.setattr(supervised_mim, "Augment",
-                        lambda *args, clean: made.append((*args, clean)) or args[0])
+    loaders = []
+    monkeypatch.setattr(common.Run, "start", lambda run, loader, *_, **_s: loaders.append(loader))
     train(METHOD, tmp_path / "run", shapes_folder, "--steps", "1", "--mim-weight", "0",
           "--randaug", "7", "--min-crop", "0.3")  # fmt: skip
-    assert made == [(common.RandomCrop(16, 0.3), 7, False)]
+    augment = loaders[0].augment
+    assert augment.crop.crop.scale == (0.3, 1.0) and augment.crop.size == [16, 16]
+    assert augment.change.magnitude == 7 and not augment.clean
 
 
 def test_the_picture_shows_hidden_patches_predicted_and_others_as_they_are(monkeypatch):
@@ -752,7 +761,7 @@ def test_labels_are_needed_but_not_by_the_tokenizer(tmp_path, capsys):
     write_images(tmp_path / "half" / "train", 32, 16, seed=0)
     write_images(tmp_path / "loose" / "train", 32, 16, seed=0)
     write_images(tmp_path / "loose" / "val", 8, 16, seed=0, labelled=False)
-    none, stray = "lacks labels, which this method needs", "0000.png is in none of the 10 class"
+    none, stray = "lacks labels, which this method needs", "or none in folders of classes"
     for data, reason in (("flat", none), ("half", none), ("loose", stray)):
         flags = [*FLAGS, "--data", tmp_path / data, "--out", tmp_path / "run"]
         assert reason in mistake(capsys, supervised_mim, *flags)
