@@ -1204,8 +1204,8 @@ def open_folder(run: Run) -> None:
     images, file = run.loader.images, folder / CHECKPOINT
     settings = dataclasses.asdict(cfg)
     classes = "/".join(getattr(images, "classes", []))
-    # What a run has in common with the one that it resumes.
-    run.identity = {name: value for name, value in settings.items() if name not in cfg.may_change}
+    # What a run has in common with the one that it resumes; a script may have added to it.
+    run.identity |= {name: value for name, value in settings.items() if name not in cfg.may_change}
     run.identity |= {
         "script": run.script, "precision": run.precision, "number of images": len(images),
         "checksum of class names": zlib.crc32(os.fsencode(classes)),
