@@ -76,6 +76,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -91,7 +92,7 @@ import common
 
 @dataclass
 class Config(common.Config):
-    may_change = (*common.Config.may_change, "tokenizer")
+    may_change = (*common.Config.may_change, "tokenizer", "val_every")
 
     mask_ratio: float = 0.5  # share of hidden patches in the masked pass
     mim_weight: float = 1.0  # of the loss of the masked pass; 0 is the supervised baseline
@@ -100,20 +101,21 @@ class Config(common.Config):
     decoder_depth: int = 2  # blocks of the decoder, as wide as the encoder
     mixup: float = 0.5  # alpha of mixup, on the class branch; 0 is none
     randaug: int = 15  # magnitude of RandAugment's two operations, up to 30; 0 is none
-    tokenizer: str | None = None  # tokenizer.pt of another run [one is trained in the run's folder]
+    tokenizer: str | None = None  # a tokenizer.pt; needed again to resume [trained in the folder]
     train_tokenizer: bool = False  # train the tokenizer, and nothing else
     tokenizer_epochs: int = 20  # length of its training
     tokenizer_lr: float = 1e-3  # its peak learning rate; its batch is --batch-size, up to about 256
     tokenizer_width: int = 64  # its channels at full resolution; up to four times as many below
-    codebook_size: int = 1024  # its codes, the classes of the masked pass
+    codebook_size: int = 1024  # its codes, the classes of the masked pass; as in --tokenizer FILE
     codebook_dim: int = 256  # width of a code
-    knn_every: int = 1  # validation every so many epochs: top-1, kNN, retrieval; 0 is never
+    val_every: int = 1  # top-1 of the validation images every so many epochs; 0 is never
 
     def check(self) -> None:
         super().check()
         common.check_numbers(self, 1, "decoder_depth", "tokenizer_epochs", "tokenizer_width",
                              "codebook_size", "codebook_dim")  # fmt: skip
-        common.check_numbers(self, 0, "mim_weight", "token_smoothing", "mixup", "randaug")
+        common.check_numbers(self, 0, "mim_weight", "token_smoothing", "mixup", "randaug",
+                             "val_every")  # fmt: skip
         common.check_numbers(self, 1e-30, "tokenizer_lr")
         for name, most in (("token_smoothing", 1), ("randaug", 30)):
             if getattr(self, name) > most:
@@ -131,18 +133,18 @@ PRESETS = {
     "demo": dict(  # ours, for two cores and two minutes
         data="shapes", img_size=32, patch_size=8, size="tiny", depth=2, min_crop=0.5,
         decoder_depth=1, epochs=3, batch_size=64, lr=1e-3, warmup_epochs=0.3, mixup=0, randaug=0,
-        tokenizer_epochs=1, tokenizer_width=16, codebook_size=256, codebook_dim=64,
+        tokenizer_epochs=1, tokenizer_width=16, codebook_size=256, codebook_dim=64, knn_every=1,
     ),
     "cifar": dict(  # ours; the README's short runs, at batch 64: the baseline's best is 3e-4
         data="cifar10", img_size=32, patch_size=4, size="tiny", min_crop=0.4,
         epochs=200, batch_size=256, lr=1e-3, warmup_epochs=10, clip_grad=1.0, weight_decay=0.05,
-        tokenizer_epochs=20, tokenizer_width=32,
+        tokenizer_epochs=20, tokenizer_width=32, knn_every=1,
     ),
     "imagenet": dict(  # AugReg's recipe (Steiner et al. 2021) for training from scratch
         data="imagenet", img_size=224, patch_size=14, size="base", mask_ratio=0.5, min_crop=0.05,
         epochs=300, batch_size=4096, lr=1e-3, warmup_epochs=10_000 / 312,  # 10 000 steps
         clip_grad=1.0, weight_decay=0.1, mixup=0.5, randaug=15, mim_weight=1.0, decoder_depth=2,
-        codebook_size=1024, codebook_dim=256, knn_every=5,
+        codebook_size=1024, codebook_dim=256, val_every=5, knn_every=5,
     ),
 }  # fmt: skip
 
@@ -373,42 +375,98 @@ def build_tokenizer(cfg: Config) -> VQTokenizer:
     return VQTokenizer(img_size, stride, cfg.codebook_size, cfg.codebook_dim, cfg.tokenizer_width)
 
 
-def restore_tokenizer(content: dict, file: Path, cfg: Config, compare: bool) -> VQTokenizer:
-    """The tokenizer that `file`, whose content this is, holds. UserError if there is none, or one
-    without a token for each patch or, with `compare`, of other settings than the run's."""
+OWN_TOKENIZER = Path("tokenizer", "tokenizer.pt")  # in the folder of a run
+
+
+def get_tokenizer(run: common.Run, train, val) -> VQTokenizer:
+    """The frozen tokenizer of a run: that of --tokenizer FILE, or the run's own, which is trained
+    now unless it is finished. Its checksum becomes a part of run.identity: a run cannot be resumed
+    with another one. UserError if the tokenizer does not fit the settings of the run."""
+    cfg, own = run.cfg, run.folder / OWN_TOKENIZER
+    if cfg.tokenizer:
+        tokenizer = read_tokenizer(Path(cfg.tokenizer))
+        check_fit(tokenizer, cfg)
+    elif own.exists():
+        tokenizer = read_tokenizer(own)
+        check_settings(tokenizer, own, cfg)
+    elif run.resumes:  # it would train a tokenizer for long, and in the end not be the same run
+        raise common.UserError(
+            f"the run in {run.folder} has no tokenizer of its own: add the --tokenizer that it "
+            "began with, or use another --out or --restart"
+        )
+    else:
+        tokenizer = train_tokenizer(run, train, val)
+    run.identity["checksum of the tokenizer"] = checksum(tokenizer)
+    h, w = tokenizer.grid
+    run.print(f"tokenizer {cfg.tokenizer or own}: {cfg.codebook_size} codes, {h}x{w} tokens")
+    return tokenizer.to(run.device).eval().requires_grad_(False)
+
+
+def read_tokenizer(file: Path) -> VQTokenizer:
+    """The tokenizer that a tokenizer.pt holds. UserError if there is none."""
+    content = common.read_checkpoint(file)
     try:
-        has = wanted = content["tokenizer"]["_extra_state"]
-        with torch.random.fork_rng(devices=[]):  # so that models start alike, with it and without
-            tokenizer = VQTokenizer(**has)
-            if compare:
-                wanted = build_tokenizer(cfg).settings
+        state = content["tokenizer"]
+        tokenizer = VQTokenizer(**state["_extra_state"])
     except (KeyError, TypeError):
         raise common.UserError(f"{file} holds no tokenizer; a tokenizer.pt does") from None
-    common.load_strictly(tokenizer, content["tokenizer"], file)
-    if differ := [f"{k} {has[k]}, not {wanted[k]}" for k in has if has[k] != wanted[k]]:
-        mend = "use another --out, or --train-tokenizer --restart"
-        raise common.UserError(f"{file} was made otherwise: {', '.join(differ)}; {mend}")
-    (h, w), grid = common.patch_grid(cfg.img_size, cfg.patch_size), tokenizer.grid
-    if grid != (h, w):
-        raise common.UserError(
-            f"{file} makes {grid[0]}x{grid[1]} tokens of an image, but --img-size {cfg.img_size} "
-            f"has {h}x{w} patches: --img-size {grid[0] * cfg.patch_size} would fit"
-        )
+    common.load_strictly(tokenizer, state, file)
     return tokenizer
 
 
-def train_tokenizer(run: common.Run, train, val, file: Path) -> VQTokenizer:
-    """A tokenizer for `run`, trained in the folder of `file`, or there trained on."""
+def check_fit(tokenizer: VQTokenizer, cfg: Config) -> None:
+    """UserError unless --tokenizer FILE has one token for each patch and --codebook-size codes."""
+    h, w = tokenizer.grid
+    rows, columns = common.patch_grid(cfg.img_size, cfg.patch_size)
+    if (h, w) != (rows, columns):
+        raise common.UserError(
+            f"{cfg.tokenizer} makes {h}x{w} tokens of an image, but --img-size {cfg.img_size} has "
+            f"{rows}x{columns} patches: --img-size {h * cfg.patch_size} would fit"
+        )
+    codes = len(tokenizer.codebook)
+    if codes != cfg.codebook_size:
+        raise common.UserError(f"{cfg.tokenizer} has {codes} codes, not {cfg.codebook_size}: "
+                               f"--codebook-size {codes} would fit")  # fmt: skip
+
+
+def check_settings(tokenizer: VQTokenizer, file: Path, cfg: Config) -> None:
+    """UserError unless the run's own tokenizer was trained with the settings of the run."""
+    wanted, differ = build_tokenizer(cfg).settings, []
+    for name, value in tokenizer.settings.items():
+        if value != wanted[name]:
+            differ.append(f"{name} {value}, not {wanted[name]}")
+    if differ:
+        raise common.UserError(f"{file} was made otherwise: {', '.join(differ)}; use another "
+                               "--out, or --train-tokenizer --restart")  # fmt: skip
+
+
+def checksum(module: nn.Module) -> int:
+    """CRC-32 of all parameters and buffers."""
+    crc = 0
+    for x in (*module.parameters(), *module.buffers()):
+        crc = zlib.crc32(x.detach().cpu().numpy().tobytes(), crc)
+    return crc
+
+
+def tokenizer_config(run: common.Run) -> Config:
+    """The settings with which the tokenizer of `run` is trained. None of them is the classifier's,
+    so that the flags of the classifier may change before the tokenizer is finished."""
     cfg, parts = run.cfg, run.world * run.cfg.accumulate
     same = ("data", "data_dir", "img_size", "patch_size", "min_crop", "accumulate", "workers",
             "device", "precision", "seed", "restart", "save_minutes", "tokenizer_width",
             "codebook_size", "codebook_dim")  # fmt: skip
-    cfg = Config(  # nothing of the classifier's: its flags may change before this is finished
-        **{name: getattr(cfg, name) for name in same}, out=str(file.parent),
+    return Config(
+        **{name: getattr(cfg, name) for name in same}, out=str(run.folder / OWN_TOKENIZER.parent),
         steps=cfg.steps if cfg.train_tokenizer else None, epochs=cfg.tokenizer_epochs,
         batch_size=min(cfg.batch_size, parts * max(1, 256 // parts)), lr=cfg.tokenizer_lr,
         clip_grad=1.0, weight_decay=1e-4, recon_every=5, knn_every=0,
     )  # fmt: skip
+
+
+def train_tokenizer(main_run: common.Run, train, val) -> VQTokenizer:
+    """Trains a tokenizer in the folder tokenizer/ of `main_run`, or goes on with one that is not
+    finished. At the end, tokenizer.pt is written."""
+    cfg, file = tokenizer_config(main_run), main_run.folder / OWN_TOKENIZER
     run = common.Run(cfg)
     if cfg.restart:
         file.unlink(missing_ok=True)  # a run that is started now must not take the old one
@@ -451,17 +509,30 @@ def decoded(tokenizer: VQTokenizer, imgs: Tensor) -> dict[str, Tensor]:
 
 
 class Augment:
-    """A random crop, changed by RandAugment; if `clean`, also as it was, as a second view."""
+    """Two views of a random crop: changed by RandAugment for the classifier, and unchanged for the
+    tokenizer and the masked pass. A magnitude of 0 changes nothing."""
 
-    def __init__(self, crop: common.RandomCrop, magnitude: int, clean: bool):
-        self.crop, self.clean, fill = crop, clean, [round(255 * x) for x in common.MEAN]
-        bilinear = v2.InterpolationMode.BILINEAR
-        self.change = v2.RandAugment(2, magnitude, interpolation=bilinear, fill=fill)
+    def __init__(self, crop: common.RandomCrop, magnitude: int):
+        self.crop, self.change = crop, nn.Identity()
+        if magnitude:
+            fill = [round(255 * x) for x in common.MEAN]
+            bilinear = v2.InterpolationMode.BILINEAR
+            self.change = v2.RandAugment(2, magnitude, interpolation=bilinear, fill=fill)
 
     def __call__(self, image: Tensor, label, index: int) -> tuple:
         crop, label = self.crop(image, label, index)
-        changed = self.change(crop)
-        return (changed, crop, label) if self.clean else (changed, label)
+        return self.change(crop), crop, label
+
+
+def build_mixup(alpha: float, num_classes: int, micro_batch: int) -> nn.Module:
+    """From images and labels of a micro-batch to mixed images and the shares of the classes; with
+    `alpha` 0, images and labels stay as they are. UserError if there is nothing to mix with."""
+    if not alpha:
+        return v2.Identity()
+    if micro_batch < 2:
+        raise common.UserError("mixup takes 2 images in a micro-batch: a larger --batch-size, "
+                               "or less --accumulate")  # fmt: skip
+    return v2.MixUp(alpha=alpha, num_classes=num_classes)
 
 
 @torch.no_grad()
@@ -480,23 +551,41 @@ def reconstruct(model: SupervisedMIM, tokenizer: VQTokenizer | None, imgs: Tenso
     }  # fmt: skip
 
 
-def validate(run: common.Run, model: SupervisedMIM, val, classes: list[str]) -> dict:
-    """At an epoch's end: validation top-1, if it is due. Saves encoder and head under timm's names,
-    the numbers that rebuild the ViT, and class names, once more if this is the best so far."""
-    results, names = {}, ["classifier.pt"]
-    if run.due(run.cfg.knn_every):
-        crop = common.CentreCrop(run.cfg.img_size)
-        scores, labels = common.outputs(run, model, model.classify, val, crop)
-        top1 = common.accuracy(scores, labels)["top1"]
-        best = max((epoch.get("best_top1", -1.0) for epoch in run.history), default=-1.0)
-        results = dict(val_top1=top1, best_top1=max(top1, best))
-        names += ["classifier.best.pt"] if top1 > best else []
+def class_names(train, val, cfg: Config) -> list[str]:
+    """The classes of labelled images. UserError if training or validation images lack labels."""
+    classes = common.shared_classes(train, val)
+    if not classes:
+        raise common.UserError(f"--data {cfg.data} lacks labels, which this method needs: class "
+                               "folders in train/ and val/")  # fmt: skip
+    return classes
+
+
+def validate(run: common.Run, model: SupervisedMIM, val) -> dict[str, float]:
+    """val_top1, in % of all validation images, and best_top1, the best of the run so far."""
+    crop = common.CentreCrop(run.cfg.img_size)
+    scores, labels = common.outputs(run, model, model.classify, val, crop)
+    top1 = common.accuracy(scores, labels)["top1"]
+    return dict(val_top1=top1, best_top1=max(top1, best_so_far(run)))
+
+
+def best_so_far(run: common.Run) -> float:
+    """best_top1 of the epochs that are logged; -1 if none of them was validated."""
+    return max((line.get("best_top1", -1.0) for line in run.history), default=-1.0)
+
+
+def save_classifier(run: common.Run, model: SupervisedMIM, classes: list[str],
+                    results: dict[str, float]) -> None:
+    """Writes classifier.pt: encoder and head under timm's names, the numbers that rebuild the ViT,
+    and the names of the classes. If `results`, those of `validate`, are better than all before,
+    writes classifier.best.pt, too."""
     head = {f"head.{name}": x for name, x in model.head.state_dict().items()}
     content = {"model": model.encoder.state_dict() | head, "vit": model.encoder.settings,
                "classes": classes, "config": dataclasses.asdict(run.cfg)}  # fmt: skip
-    for name in names if run.rank == 0 else ():
+    names = ["classifier.pt"]
+    if results and results["val_top1"] > best_so_far(run):
+        names.append("classifier.best.pt")
+    for name in names if run.rank == 0 else []:
         common.write_atomically(run.folder / name, lambda file: torch.save(content, file))
-    return results
 
 
 def build(cfg: Config, num_classes: int) -> SupervisedMIM:
@@ -518,64 +607,39 @@ def build(cfg: Config, num_classes: int) -> SupervisedMIM:
 def main(cfg: Config, data=None) -> None:
     """`data`: (training, validation) images with labels, torch Datasets; None loads cfg.data."""
     run = common.Run(cfg)
-    file = own = run.folder / "tokenizer" / "tokenizer.pt"
-    tokenizer = None
-    if cfg.takes_tokens and run.resumes:  # first, as data may take long
-        file = run.folder / common.CHECKPOINT
-        content = common.read_checkpoint(file)
-        if "tokenizer" in content:
-            tokenizer = restore_tokenizer(content, file, cfg, compare=False)
-        else:
-            tokenizer = build_tokenizer(cfg)  # run.start will say what is wrong with this file
-    elif cfg.takes_tokens and (cfg.tokenizer or own.exists()):
-        file = Path(cfg.tokenizer or own)
-        content = common.read_checkpoint(file)
-        tokenizer = restore_tokenizer(content, file, cfg, compare=not cfg.tokenizer)
-    if cfg.tokenizer and tokenizer:
-        run.cfg = cfg = dataclasses.replace(cfg, codebook_size=len(tokenizer.codebook))
-    train, val = data or common.load_pair(cfg, "train")
+    train, val = data or common.load_pair(cfg, "train")  # first: the head has a row for each class
     if cfg.train_tokenizer:
-        train_tokenizer(run, train, val, own)
+        train_tokenizer(run, train, val)
         return
-    classes = common.shared_classes(train, val)
-    if not classes:
-        raise common.UserError(f"--data {cfg.data} lacks labels, which this method needs: class "
-                               "folders in train/ and val/")  # fmt: skip
+    classes = class_names(train, val, cfg)
     model = build(cfg, len(classes)).to(run.device)
     if cfg.init_from and not run.resumes:
         common.init_from(cfg.init_from, model)
     optimizer = common.adamw(model, cfg.weight_decay, betas=(0.9, 0.999))
 
-    crop = common.RandomCrop(cfg.img_size, cfg.min_crop)
-    augment = Augment(crop, cfg.randaug, clean=cfg.mim_weight > 0) if cfg.randaug else crop
+    augment = Augment(common.RandomCrop(cfg.img_size, cfg.min_crop), cfg.randaug)
     loader = common.TrainLoader(run, train, augment)
-    if cfg.mixup and loader.micro_batch < 2:
-        raise common.UserError("mixup takes 2 images in a micro-batch: a larger --batch-size, "
-                               "or less --accumulate")  # fmt: skip
-    mixup = v2.MixUp(alpha=cfg.mixup, num_classes=len(classes)) if cfg.mixup else None
-    state = dict(model=model, optimizer=optimizer)
-    if cfg.takes_tokens:  # trained last, as it takes long: mistakes in flags have come out by now
-        tokenizer = tokenizer or train_tokenizer(run, train, val, own)
-        state |= dict(tokenizer=tokenizer.to(run.device).eval().requires_grad_(False))
-        run.print(f"{len(tokenizer.codebook)} codes, {tokenizer.grid} tokens an image, of {file}")
+    mixup = build_mixup(cfg.mixup, len(classes), loader.micro_batch)
+    # Training a tokenizer takes long: by now, mistakes in the flags have come out.
+    tokenizer = get_tokenizer(run, train, val) if cfg.takes_tokens else None
     examples = common.example_images(val, common.CentreCrop(cfg.img_size), run.device)
-    picture = model.decoder and functools.partial(reconstruct, model, tokenizer, examples)
-    run.start(loader, val, **state)
+    picture = functools.partial(reconstruct, model, tokenizer, examples)
+    run.start(loader, val, model=model, optimizer=optimizer)
     ddp = run.wrap(model)
     for _ in run.epochs():
         for micro_batches in run.steps():
             run.set_lr(optimizer)
-            for imgs, *clean, labels in micro_batches:
-                clean = clean[0] if clean else imgs
+            for imgs, clean, labels in micro_batches:
                 with run.autocast():
-                    # Before mixup: of the very pixels that the masked pass is shown.
                     token_ids = tokenizer.encode(clean) if tokenizer else None
-                    imgs, targets = mixup(imgs, labels) if mixup else (imgs, labels)
+                    imgs, targets = mixup(imgs, labels)
                     loss, stats = ddp(imgs, targets, token_ids, clean)
                 run.backward(loss)
                 run.log(loss=loss, **stats)
             run.update(optimizer)
-        run.end_epoch(model.encoder, picture, **validate(run, model, val, classes))
+        results = validate(run, model, val) if run.due(cfg.val_every) else {}
+        save_classifier(run, model, classes, results)
+        run.end_epoch(model.encoder, picture if model.decoder else None, **results)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Supervised MIM: tokenizer and losses against slow versions of their equations, then runs."""
 
+import functools
 import json
 import math
 import shutil
@@ -48,8 +49,7 @@ def model_of(target="tokens", channels=3, **options) -> SupervisedMIM:
 
 
 def load(path) -> VQTokenizer:
-    content = common.read_checkpoint(path)
-    return supervised_mim.restore_tokenizer(content, path, settings(METHOD), compare=False)
+    return supervised_mim.read_tokenizer(path)
 
 
 def images_of(folder, split: str) -> tuple[torch.Tensor, list[int]]:
@@ -368,11 +368,12 @@ def test_one_batch_can_be_learnt_by_heart():
 
 
 def watch(monkeypatch) -> list:
-    """Collects what the model is given, by a tokenizer in eval mode."""
+    """Collects what the model is given, by a frozen tokenizer in eval mode."""
     calls, original, encode = [], SupervisedMIM.forward, VQTokenizer.encode
 
     def encode_in_eval_mode(tokenizer, imgs):
         assert not tokenizer.training
+        assert not any(p.requires_grad for p in tokenizer.parameters())
         return encode(tokenizer, imgs)
 
     def forward(model, imgs, labels, token_ids=None, clean=None):
@@ -389,7 +390,7 @@ def test_tokens_are_those_of_the_pixels_before_mixup(
 ):
     calls, flags = watch(monkeypatch), ["--mixup", "0.5", "--steps", "3", "--tokenizer", tokenizer]
     train(METHOD, tmp_path, shapes_folder, *flags)
-    encode, shares = load(tokenizer).eval().encode, []
+    encode, shares = load(tokenizer).eval().requires_grad_(False).encode, []
     for imgs, labels, ids, clean in calls:
         assert torch.equal(encode(clean), ids)
         other = clean.roll(1, 0)
@@ -410,7 +411,7 @@ def test_tokens_are_those_of_the_crop_before_randaugment(
     monkeypatch.setattr(v2, "RandAugment", lambda *args, **kwargs: v2.RandomInvert(p=1))
     flags = ["--steps", "4", "--tokenizer", tokenizer, "--randaug", "9", "--min-crop", "0.999"]
     train(METHOD, tmp_path, shapes_folder, *flags)
-    encode, mirrored = load(tokenizer).eval().encode, 0
+    encode, mirrored = load(tokenizer).eval().requires_grad_(False).encode, 0
     originals, _ = images_of(shapes_folder, "train")
     for imgs, _, ids, clean in calls:
         pixels, changed = (common.denormalize(x) for x in (clean, imgs))
@@ -427,16 +428,16 @@ def test_tokens_are_those_of_the_crop_before_randaugment(
 def test_augment_changes_one_of_two_equal_crops():
     image = common.draw_shapes(1, 40, 0)[0][0]
     crop = common.RandomCrop(16, 0.5)
-    augment, changed = supervised_mim.Augment(crop, 15, clean=True), 0
-    alone = supervised_mim.Augment(crop, 15, clean=False)
+    augment, changed = supervised_mim.Augment(crop, 15), 0
+    unchanged = supervised_mim.Augment(crop, 0)
     for seed in range(20):
         torch.manual_seed(seed)
         after, before, label = augment(image, 3, 0)
         torch.manual_seed(seed)
         assert torch.equal(crop(image, 3, 0)[0], before) and label == 3
         torch.manual_seed(seed)
-        same, label = alone(image, 3, 0)
-        assert torch.equal(same, after) and label == 3
+        one, two, label = unchanged(image, 3, 0)
+        assert torch.equal(one, before) and torch.equal(two, before) and label == 3
         assert after.shape == before.shape == (3, 16, 16)
         assert after.dtype == before.dtype == torch.uint8
         changed += not torch.equal(after, before)
@@ -569,11 +570,18 @@ def test_the_class_branch_of_the_first_step_is_the_baseline_s(tmp_path, shapes_f
     assert a.keys() == b.keys()
 
 
-def test_the_tokenizer_is_frozen_and_kept_in_the_checkpoint(trained):
-    file = torch.load(trained / "tokenizer" / "tokenizer.pt", weights_only=True)
-    kept = weights(trained, "tokenizer")
-    torch.testing.assert_close(kept, file["tokenizer"], rtol=0, atol=0)
-    assert kept["updates"] == 8  # two epochs of four steps, none in the main run
+def test_the_checkpoint_keeps_only_the_checksum_of_the_tokenizer(trained):
+    tokenizer = load(trained / "tokenizer" / "tokenizer.pt")
+    assert tokenizer.updates == 8  # two epochs of four steps, none in the main run
+    checkpoint = torch.load(trained / "checkpoint.pt", weights_only=True)
+    kept = checkpoint["identity"]["checksum of the tokenizer"]
+    assert kept == supervised_mim.checksum(tokenizer) and "tokenizer" not in checkpoint
+    for x in (*tokenizer.parameters(), *tokenizer.buffers()):
+        before = x.data.clone()
+        x.data += 1
+        assert supervised_mim.checksum(tokenizer) != kept
+        x.data.copy_(before)
+    assert supervised_mim.checksum(tokenizer) == kept
 
 
 def test_a_finished_tokenizer_is_taken_as_it_is(tmp_path, shapes_folder, capsys):
@@ -583,7 +591,7 @@ def test_a_finished_tokenizer_is_taken_as_it_is(tmp_path, shapes_folder, capsys)
     train(METHOD, tmp_path, shapes_folder, "--train-tokenizer")
     for flags in (["--accumulate", "2"], ["--batch-size", "8", "--precision", "bf16"]):
         train(METHOD, tmp_path, shapes_folder, "--steps", "1", *flags, "--seed", "1", "--restart")
-        assert weights(tmp_path, "tokenizer")["updates"] == 8
+        assert load(tmp_path / "tokenizer" / "tokenizer.pt").updates == 8
     arguments = ["--data", shapes_folder, "--out", tmp_path, *TINY, *METHODS[METHOD].small]
     error = mistake(capsys, supervised_mim, *arguments, "--codebook-size", "17", "--restart")
     assert "codebook_size 16, not 17; use another --out, or --train-tokenizer --restart" in error
@@ -595,44 +603,58 @@ def test_a_finished_tokenizer_is_taken_as_it_is(tmp_path, shapes_folder, capsys)
     assert not file.exists()
 
 
-def test_a_run_keeps_the_tokenizer_that_it_began_with(tmp_path, shapes_folder):
-    train(METHOD, tmp_path, shapes_folder, "--steps", "1", "--tokenizer-epochs", "1")
-    before = weights(tmp_path, "tokenizer")
-    (tmp_path / "tokenizer" / "tokenizer.pt").unlink()
-    train(METHOD, tmp_path, shapes_folder, "--steps", "2", "--tokenizer-epochs", "1")
-    after = weights(tmp_path, "tokenizer")
-    torch.testing.assert_close(after, before, rtol=0, atol=0)
-    assert before["updates"] == 4 and not (tmp_path / "tokenizer" / "tokenizer.pt").exists()
+def test_a_run_is_resumed_only_with_the_tokenizer_that_it_began_with(
+    tmp_path, shapes_folder, tokenizer, capsys
+):
+    given, moved, other = (tmp_path / f"{name}.pt" for name in ("given", "moved", "other"))
+    shutil.copy(tokenizer, given)
+    content = torch.load(tokenizer, weights_only=True)
+    content["tokenizer"]["codebook"][3, 1] += 1e-3
+    torch.save(content, other)
+    flags, run = ["--mixup", "0.5", "--epochs", "2"], tmp_path / "run"
+    train(METHOD, tmp_path / "whole", shapes_folder, *flags, "--tokenizer", given)
+    train(METHOD, run, shapes_folder, *flags, "--tokenizer", given, "--steps", "5")
+    before = (run / "checkpoint.pt").read_bytes()
+    given.rename(moved)
+    refused = functools.partial(mistake, capsys, supervised_mim, *FLAGS, *flags, "--data",
+                                shapes_folder, "--out", run)  # fmt: skip
+    was, now = (supervised_mim.checksum(load(path)) for path in (moved, other))
+    expected = f"of another run: checksum of the tokenizer was {was}, now {now}; use another --out"
+    assert expected in refused("--tokenizer", other)
+    assert "given.pt: No such file" in refused("--tokenizer", given)
+    assert "add the --tokenizer that it began with" in refused()  # and it does not train one
+    assert (run / "checkpoint.pt").read_bytes() == before and not (run / "tokenizer").exists()
+    train(METHOD, run, shapes_folder, *flags, "--tokenizer", moved)
+    torch.testing.assert_close(weights(run), weights(tmp_path / "whole"), rtol=0, atol=0)
 
 
-def test_a_given_tokenizer_is_not_needed_to_resume(tmp_path, shapes_folder, tokenizer):
-    file = tmp_path / "given.pt"
-    shutil.copy(tokenizer, file)
-    for steps in ("1", "2"):
-        train(METHOD, tmp_path / "run", shapes_folder, "--tokenizer", file, "--steps", steps)
-        file.unlink(missing_ok=True)
-    assert weights(tmp_path / "run", "step") == 2
-    kept = weights(tmp_path / "run", "tokenizer")
-    torch.testing.assert_close(kept, load(tokenizer).state_dict(), rtol=0, atol=0)
+def test_a_run_without_tokens_does_not_become_one_with_tokens(tmp_path, shapes_folder, capsys):
+    train(METHOD, tmp_path, shapes_folder, "--mim-weight", "0", "--steps", "1")
+    flags = [*FLAGS, "--data", shapes_folder, "--out", tmp_path]
+    error = mistake(capsys, supervised_mim, *flags)
+    assert "has no tokenizer of its own" in error and "another --out or --restart" in error
+    assert not (tmp_path / "tokenizer").exists()
 
 
 @pytest.mark.parametrize("batch, accumulate, expected", [
     (32, 1, 32), (300, 1, 256), (300, 3, 255), (600, 300, 300),
 ])  # fmt: skip
-def test_the_tokenizer_s_batch_can_be_divided(batch, accumulate, expected, tmp_path, monkeypatch):
-    seen, flags = [], ["--out", tmp_path, "--batch-size", batch, "--accumulate", accumulate]
-    run = common.Run(settings(METHOD, *flags))
-    monkeypatch.setattr(common, "Run", lambda cfg: seen.append(cfg) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        supervised_mim.train_tokenizer(run, None, None, tmp_path / "tokenizer.pt")
-    assert seen[0].batch_size == expected and expected % accumulate == 0
+def test_the_tokenizer_s_batch_can_be_divided(batch, accumulate, expected, tmp_path):
+    flags = ["--out", tmp_path, "--batch-size", batch, "--accumulate", accumulate]
+    cfg = supervised_mim.tokenizer_config(common.Run(settings(METHOD, *flags)))
+    assert cfg.batch_size == expected and expected % accumulate == 0
 
 
-def test_without_validation_there_is_none(tmp_path, shapes_folder):
-    flags = ["--mim-weight", "0", "--knn-every", "0", "--steps", "1"]
+@pytest.mark.parametrize("every, validated", [(0, []), (2, [2, 4, 5])])
+def test_validation_and_knn_have_switches_of_their_own(every, validated, tmp_path, shapes_folder):
+    """Top-1 every so many epochs and at the end, kNN at the end of the third and the last."""
+    flags = ["--mim-weight", "0", "--epochs", "5", "--val-every", every, "--knn-every", "3"]
     train(METHOD, tmp_path, shapes_folder, *flags)
-    assert not {"val_top1", "knn"} & metrics(tmp_path)[0].keys()
-    assert not (tmp_path / "classifier.best.pt").exists()
+    lines = metrics(tmp_path)
+    assert [line["epoch"] for line in lines if "val_top1" in line] == validated
+    assert [line["epoch"] for line in lines if "best_top1" in line] == validated
+    assert [line["epoch"] for line in lines if "knn" in line] == [3, 5]
+    assert (tmp_path / "classifier.best.pt").exists() == bool(validated)
 
 
 def test_best_and_last(tmp_path, shapes_folder, monkeypatch):
@@ -709,7 +731,7 @@ def test_every_flag_reaches_its_part(tmp_path, shapes_folder, monkeypatch):
           "--randaug", "7", "--min-crop", "0.3")  # fmt: skip
     augment = loaders[0].augment
     assert augment.crop.crop.scale == (0.3, 1.0) and augment.crop.size == [16, 16]
-    assert augment.change.magnitude == 7 and not augment.clean
+    assert augment.change.magnitude == 7
 
 
 def test_the_picture_shows_hidden_patches_predicted_and_others_as_they_are(monkeypatch):
@@ -786,8 +808,9 @@ def test_a_tokenizer_of_another_grid_is_refused_with_sizes_that_fit(
     content["tokenizer"].pop("codebook")
     torch.save(content, other)
     assert "does not fit: " in mistake(capsys, supervised_mim, *flags, other)
-    # Any size of its own serves if its grid is that of the patches.
-    flags = ["--img-size", "32", "--patch-size", "8", "--codebook-size", "50", "--steps", "1"]
+    error = mistake(capsys, supervised_mim, *flags, tokenizer, "--codebook-size", "50")
+    assert "tokenizer.pt has 16 codes, not 50: --codebook-size 16 would fit" in error
+    # Any width and size of its own serves if its grid is that of the patches.
+    flags = ["--img-size", "32", "--patch-size", "8", "--tokenizer-width", "8", "--steps", "1"]
     train(METHOD, tmp_path / "fits", shapes_folder, *flags, "--tokenizer", tokenizer)
     assert metrics(tmp_path / "fits")[0]["token_loss"] > 0
-    assert len(weights(tmp_path / "fits")["decoder.pred.weight"]) == 16  # the file's codes
