@@ -99,6 +99,7 @@ class Config(common.Config):
     target: Literal["tokens", "pixels"] = "tokens"  # pixels: MAE's, for comparison
     token_smoothing: float = 0.1  # label smoothing of the token loss
     decoder_depth: int = 2  # blocks of the decoder, as wide as the encoder
+    pool: Literal["cls", "mean"] = "cls"  # classify by the class token, or by the mean patch token
     mixup: float = 0.5  # alpha of mixup, on the class branch; 0 is none
     randaug: int = 15  # magnitude of RandAugment's two operations, up to 30; 0 is none
     tokenizer: str | None = None  # a tokenizer.pt; needed again to resume [trained in the folder]
@@ -161,21 +162,23 @@ def mim_token_loss(logits: Tensor, ids: Tensor, mask: Tensor, smoothing: float =
 
 
 class SupervisedMIM(nn.Module):
-    """A classifier, `encoder` and `head` on its cls token, and beside it a `decoder` that predicts
-    the hidden patches of masked images, as `target` says: "tokens" (it has an output for each code)
-    or "pixels". Without decoder this is the supervised baseline."""
+    """A classifier, which is `encoder` and `head`, and beside it a `decoder` that predicts the
+    hidden patches of masked images: their "tokens" (the decoder has an output for each code) or
+    their "pixels", as `target` says. Without a decoder this is the supervised baseline. The head
+    takes the class token ("cls") or the mean of the patch tokens ("mean"), as `pool` says."""
 
     def __init__(self, encoder: common.ViT, head: nn.Linear, decoder: common.Decoder | None = None,
                  mask_ratio: float = 0.5, mim_weight: float = 1.0, target: str = "tokens",
-                 smoothing: float = 0.1):
+                 smoothing: float = 0.1, pool: str = "cls"):
         super().__init__()
         self.encoder, self.head, self.decoder = encoder, head, decoder
         self.mask_ratio, self.mim_weight = mask_ratio, mim_weight
-        self.target, self.smoothing = target, smoothing
+        self.target, self.smoothing, self.pool = target, smoothing, pool
 
     def classify(self, imgs: Tensor) -> Tensor:
         """imgs (B, C, H, W) -> logits (B, classes)."""
-        return self.head(self.encoder(imgs)[:, 0])
+        tokens = self.encoder(imgs)  # (B, 1+L, D), after the final norm
+        return self.head(tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(dim=1))
 
     def predict(self, imgs: Tensor) -> tuple[Tensor, Tensor]:
         """imgs (B, C, H, W) -> outputs of the decoder (B, L, K) and mask (B, L), True = hidden."""
@@ -576,10 +579,11 @@ def best_so_far(run: common.Run) -> float:
 def save_classifier(run: common.Run, model: SupervisedMIM, classes: list[str],
                     results: dict[str, float]) -> None:
     """Writes classifier.pt: encoder and head under timm's names, the numbers that rebuild the ViT,
-    and the names of the classes. If `results`, those of `validate`, are better than all before,
-    writes classifier.best.pt, too."""
+    timm's name of the pooling, and the names of the classes. If `results`, those of `validate`, are
+    better than all before, writes classifier.best.pt, too."""
     head = {f"head.{name}": x for name, x in model.head.state_dict().items()}
     content = {"model": model.encoder.state_dict() | head, "vit": model.encoder.settings,
+               "global_pool": "token" if model.pool == "cls" else "avg",
                "classes": classes, "config": dataclasses.asdict(run.cfg)}  # fmt: skip
     names = ["classifier.pt"]
     if results and results["val_top1"] > best_so_far(run):
@@ -599,7 +603,7 @@ def build(cfg: Config, num_classes: int) -> SupervisedMIM:
         decoder = common.Decoder(encoder, encoder.embed_dim, cfg.decoder_depth, heads, outputs)
     return SupervisedMIM(
         encoder, head, decoder, mask_ratio=cfg.mask_ratio, mim_weight=cfg.mim_weight,
-        target=cfg.target, smoothing=cfg.token_smoothing,
+        target=cfg.target, smoothing=cfg.token_smoothing, pool=cfg.pool,
     )  # fmt: skip
 
 

@@ -66,6 +66,15 @@ def trained(whole):
     return whole(METHOD)
 
 
+@pytest.fixture(scope="module")
+def pooled(tmp_path_factory, shapes_folder) -> dict:
+    """pool -> a run whose classifier takes the class token or the mean token; for reading only."""
+    folders = {pool: tmp_path_factory.mktemp(pool) for pool in ("cls", "mean")}
+    for pool, folder in folders.items():
+        train(METHOD, folder, shapes_folder, "--pool", pool, "--mim-weight", "0", "--epochs", "3")
+    return folders
+
+
 # ------------------------------------------------------------------------------ tokenizer
 
 
@@ -281,9 +290,9 @@ def test_token_loss_equals_a_loop_over_hidden_patches(dtype, smoothing):
 
 
 @pytest.mark.parametrize("target", ["tokens", "pixels"])
-@pytest.mark.parametrize("mixed", [False, True])
-def test_forward_equals_two_passes_by_hand(target, mixed, monkeypatch):
-    model = model_of(target, mim_weight=0.7, smoothing=0.2)
+@pytest.mark.parametrize("mixed, pool", [(False, "cls"), (True, "cls"), (False, "mean")])
+def test_forward_equals_two_passes_by_hand(target, mixed, pool, monkeypatch):
+    model = model_of(target, mim_weight=0.7, smoothing=0.2, pool=pool)
     imgs, clean = torch.randn(2, 4, 3, 16, 16)
     labels, ids = torch.tensor([0, 4, 2, 2]), torch.randint(16, (4, 16))
     targets = F.one_hot(labels, 5).float()
@@ -296,7 +305,8 @@ def test_forward_equals_two_passes_by_hand(target, mixed, monkeypatch):
     loss, stats = model(imgs, targets if mixed else labels, ids, clean)
     assert ratios == [0.5]
 
-    logits = model.head(model.encoder(imgs)[:, 0])
+    tokens = model.encoder(imgs)
+    logits = model.head(tokens[:, 0] if pool == "cls" else sum(tokens[:, 1:].unbind(1)) / 16)
     class_loss = -(targets * logits.log_softmax(dim=1)).sum(dim=1).mean()
     pred = model.decoder(model.encoder(clean, visible), visible)
     assert pred.shape == (4, 16, 16 if target == "tokens" else 48)
@@ -489,27 +499,37 @@ def test_the_tokenizer_is_measured_on_the_validation_images(trained, shapes_fold
     assert (last["perplexity"], last["codes_used"]) == expected
 
 
-def test_timm_takes_the_classifier(trained):
+@pytest.mark.parametrize("pool, name", [("cls", "token"), ("mean", "avg")])
+def test_timm_takes_the_classifier(pool, name, pooled):
     timm = pytest.importorskip("timm")
-    content = torch.load(trained / "classifier.pt", weights_only=True)
-    theirs = timm.models.VisionTransformer(16, 4, num_classes=10, embed_dim=192, depth=1,
-                                           num_heads=3).eval()  # fmt: skip
+    content = torch.load(pooled[pool] / "classifier.pt", weights_only=True)
+    assert content["global_pool"] == name
+    theirs = timm.models.VisionTransformer(
+        16, 4, num_classes=10, embed_dim=192, depth=1, num_heads=3,
+        global_pool=content["global_pool"], fc_norm=False,
+    ).eval()  # fmt: skip
     theirs.load_state_dict(content["model"])
-    encoder, imgs = common.load_encoder(trained / "classifier.pt"), torch.randn(2, 3, 16, 16)
-    head = content["model"]["head.weight"], content["model"]["head.bias"]
-    torch.testing.assert_close(theirs(imgs), F.linear(encoder(imgs)[:, 0], *head),
-                               atol=1e-5, rtol=1e-4)  # fmt: skip
+    ours = supervised_mim.build(settings(METHOD, "--pool", pool, "--mim-weight", "0"), 10).eval()
+    ours.load_state_dict(weights(pooled[pool]))
+    imgs = torch.randn(8, 3, 16, 16)
+    logits = ours.classify(imgs)
+    assert logits.std() > 0.01
+    torch.testing.assert_close(theirs(imgs), logits, atol=1e-5, rtol=1e-4)
 
 
-def test_validation_equals_a_loop(trained, shapes_folder):
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_validation_equals_a_loop(pool, pooled, shapes_folder):
     """The last line's val_top1, of the exported encoder and head."""
-    state = torch.load(trained / "classifier.pt", weights_only=True)["model"]
-    encoder, hits = common.load_encoder(trained / "classifier.pt").eval(), 0
+    content = torch.load(pooled[pool] / "classifier.pt", weights_only=True)
+    assert content["global_pool"] == {"cls": "token", "mean": "avg"}[pool]
+    state, hits = content["model"], 0
+    encoder = common.load_encoder(pooled[pool] / "classifier.pt").eval()
     imgs, labels = images_of(shapes_folder, "val")
     for img, label in zip(imgs, labels, strict=True):
-        logits = state["head.weight"] @ encoder(img[None])[0, 0] + state["head.bias"]
-        hits += int(logits.argmax() == label)
-    assert metrics(trained)[-1]["val_top1"] == pytest.approx(100 * hits / len(imgs), abs=0.01)
+        cls, *patches = encoder(img[None])[0]
+        taken = cls if pool == "cls" else sum(patches) / len(patches)
+        hits += int((state["head.weight"] @ taken + state["head.bias"]).argmax() == label)
+    assert metrics(pooled[pool])[-1]["val_top1"] == pytest.approx(100 * hits / 32, abs=0.01)
 
 
 def test_without_mim_it_is_the_supervised_baseline_bit_for_bit(tmp_path, shapes_folder):
@@ -711,12 +731,13 @@ def test_init_from_a_classifier(tmp_path, shapes_folder, trained, tokenizer, cap
 def test_every_flag_reaches_its_part(tmp_path, shapes_folder, monkeypatch):
     flags = ["--mask-ratio", "0.7", "--mim-weight", "0.3", "--token-smoothing", "0.2",
              "--tokenizer-lr", "7e-4", "--tokenizer-epochs", "5", "--seed", "3",
-             "--min-crop", "0.3", "--decoder-depth", "2", "--train-tokenizer"]  # fmt: skip
+             "--min-crop", "0.3", "--decoder-depth", "2", "--pool", "mean",
+             "--train-tokenizer"]  # fmt: skip
     cfg = settings(METHOD, "--out", tmp_path, "--data", shapes_folder, *flags)
     model, tokenizer = supervised_mim.build(cfg, 7), supervised_mim.build_tokenizer(cfg)
     assert (model.mask_ratio, model.mim_weight, model.smoothing) == (0.7, 0.3, 0.2)
     assert (len(model.decoder.blocks), model.decoder.pred.out_features) == (2, 16)
-    assert (model.head.out_features, model.target) == (7, "tokens")
+    assert (model.head.out_features, model.target, model.pool) == (7, "tokens", "mean")
     assert (tokenizer.codebook.shape, tokenizer.settings["width"]) == ((16, 8), 4)
     assert tokenizer.encoder[0].out_channels == 4 and tokenizer.decoder[0].out_channels == 16
     pixels = supervised_mim.build(settings(METHOD, "--target", "pixels"), 7)
