@@ -98,7 +98,7 @@ class Config(common.Config):
     mim_weight: float = 1.0  # of the loss of the masked pass; 0 is the supervised baseline
     target: Literal["tokens", "pixels"] = "tokens"  # pixels: MAE's, for comparison
     token_smoothing: float = 0.1  # label smoothing of the token loss
-    decoder_depth: int = 2  # blocks of the decoder, as wide as the encoder
+    decoder_depth: int = 1  # blocks of the decoder, as wide as the encoder
     pool: Literal["cls", "mean"] = "cls"  # classify by the class token, or by the mean patch token
     mixup: float = 0.5  # alpha of mixup, on the class branch; 0 is none
     randaug: int = 15  # magnitude of RandAugment's two operations, up to 30; 0 is none
@@ -133,7 +133,7 @@ class Config(common.Config):
 PRESETS = {
     "demo": dict(  # ours, for two cores and two minutes
         data="shapes", img_size=32, patch_size=8, size="tiny", depth=2, min_crop=0.5,
-        decoder_depth=1, epochs=3, batch_size=64, lr=1e-3, warmup_epochs=0.3, mixup=0, randaug=0,
+        epochs=3, batch_size=64, lr=1e-3, warmup_epochs=0.3, mixup=0, randaug=0,
         tokenizer_epochs=1, tokenizer_width=16, codebook_size=256, codebook_dim=64, knn_every=1,
     ),
     "cifar": dict(  # ours; the README's short runs, at batch 64: the baseline's best is 3e-4
@@ -144,7 +144,7 @@ PRESETS = {
     "imagenet": dict(  # AugReg's recipe (Steiner et al. 2021) for training from scratch
         data="imagenet", img_size=224, patch_size=14, size="base", mask_ratio=0.5, min_crop=0.05,
         epochs=300, batch_size=4096, lr=1e-3, warmup_epochs=10_000 / 312,  # 10 000 steps
-        clip_grad=1.0, weight_decay=0.1, mixup=0.5, randaug=15, mim_weight=1.0, decoder_depth=2,
+        clip_grad=1.0, weight_decay=0.1, mixup=0.5, randaug=15, mim_weight=1.0, decoder_depth=1,
         codebook_size=1024, codebook_dim=256, val_every=5, knn_every=5,
     ),
 }  # fmt: skip

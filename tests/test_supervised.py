@@ -778,15 +778,16 @@ def test_the_imagenet_preset_is_the_published_recipe():
     assert cfg.lr * cfg.weight_decay == pytest.approx(1e-4)
     assert round(cfg.warmup_epochs * (1281167 // 4096)) == 10000
     assert (cfg.mixup, cfg.randaug, cfg.min_crop) == (0.5, 15, 0.05)
-    assert (cfg.mask_ratio, cfg.mim_weight, cfg.target) == (0.5, 1.0, "tokens")
-    assert (cfg.decoder_depth, cfg.token_smoothing) == (2, 0.1)
+    assert (cfg.mask_ratio, cfg.mim_weight, cfg.target, cfg.pool) == (0.5, 1.0, "tokens", "cls")
+    assert (cfg.decoder_depth, cfg.token_smoothing) == (1, 0.1)
     assert (cfg.codebook_size, cfg.codebook_dim) == (1024, 256)
     with torch.device("meta"):
         model, tokenizer = supervised_mim.build(cfg, 1000), supervised_mim.build_tokenizer(cfg)
     assert tokenizer.grid == model.encoder.grid == (16, 16) and tokenizer.img_size == (256, 256)
-    assert model.decoder.pred.out_features == 1024 and len(model.decoder.blocks) == 2
+    assert model.decoder.pred.out_features == 1024 and len(model.decoder.blocks) == 1
     assert model.decoder.mask_token.shape[2] == 768
     assert model.decoder.blocks[0].attn.num_heads == 12
+    assert supervised_mim.Config().decoder_depth == 1
 
 
 @pytest.mark.parametrize("patch_size, stride", [(4, 4), (8, 8), (14, 16), (16, 16), (7, 8), (1, 1)])
