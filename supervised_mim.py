@@ -1,75 +1,71 @@
-"""Supervised MIM: masked image modelling beside supervised classification.
+"""Supervised MIM (Chen, Salz, Chang, Sohn, Krishnan and Seyedhosseini, 2023, arXiv 2312.00950).
 
-Chen, Salz, Chang, Sohn, Krishnan, Seyedhosseini. Improve Supervised Representation Learning with
-Masked Image Modeling. arXiv 2312.00950, 2023. The classifier stays as it is; the same encoder also
-sees the image with half of its patches hidden, and a shallow decoder has to name their tokens. The
-decoder is dropped afterwards: no cost at inference. Unlike MAE (He et al., CVPR 2022, arXiv
-2111.06377) it needs labels, and predicts tokens of a frozen VQ tokenizer instead of pixels.
+A ViT is trained to classify images. In every step, the same encoder also sees the images with half
+of their patches hidden, and a shallow decoder predicts the tokens of the hidden patches. A token is
+a code of a frozen VQ tokenizer. The decoder is dropped after training: inference costs the same. In
+contrast to MAE (arXiv 2111.06377), the method needs labels, and its targets are tokens instead of
+pixels. The paper reports 81.72 % top-1 for ViT-B/14 on ImageNet-1K, and 79.71 % without MIM.
 
-    python supervised_mim.py                                    # built-in images
-    python supervised_mim.py --mim-weight 0 --out runs/baseline # the supervised baseline
-    python supervised_mim.py --target pixels --out runs/pixels  # pixels instead of tokens
-    python supervised_mim.py --preset cifar                     # CIFAR-10, downloaded
+Usage
+    python supervised_mim.py                                      # demo: 3 minutes on two CPU cores
+    python supervised_mim.py --mim-weight 0 --out runs/baseline   # the supervised baseline
+    python supervised_mim.py --target pixels --out runs/pixels    # MAE's pixels instead of tokens
+    python supervised_mim.py --preset cifar                       # CIFAR-10, downloaded to data/
     python supervised_mim.py --preset imagenet --data /data/imagenet --accumulate 16     # one GPU
+    torchrun --nproc-per-node 8 supervised_mim.py --preset imagenet --data /data/imagenet
     torchrun --nproc-per-node 8 supervised_mim.py --preset imagenet --data /data/imagenet \\
-        --epochs 90 --batch-size 1024 --warmup-epochs 8 --out runs/90       # the shorter recipe
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
-        supervised_mim.py --preset imagenet --data /data/imagenet
-    python eval_linear.py runs/supervised_mim-demo --mode knn   # with all images: eval.json
+        --epochs 90 --batch-size 1024 --warmup-epochs 8 --out runs/90        # the shorter recipe
+    python supervised_mim.py --preset imagenet --data /data/birds --out runs/birds --epochs 50 \\
+        --batch-size 512 --lr 1e-4 --init-from runs/supervised_mim-imagenet/encoder.pt \\
+        --tokenizer runs/supervised_mim-imagenet/tokenizer/tokenizer.pt      # fine-tuning with MIM
+    python eval_linear.py runs/supervised_mim-demo --mode knn     # kNN with all images
 
-The first takes 3.0 minutes on two cores of an AMD EPYC; top-1 of seeds 0, 1, 2 (one core): 55.4,
-56.9, 53.7 %. The second: 1.1 minutes; 46.2, 54.5, 44.0 %. CIFAR-10: README. GPU: not yet.
+Fine-tuning. A summary of the paper says that the best result takes MIM in pre-training and in
+fine-tuning. --init-from loads the encoder from the encoder.pt of any of our scripts; head, decoder
+and optimiser start anew. A checkpoint.pt of this script also has a head and a decoder. They are
+loaded, too, and must fit: it takes the same classes, codes and --decoder-depth.
 
-The tokenizer. Without --tokenizer FILE one is trained first, for --tokenizer-epochs, in the folder
-tokenizer/ of the run, to its end whatever --steps says. An unfinished one is trained on, a finished
-one taken as it is. --train-tokenizer does only that, and with --restart begins anew. A run's
-checkpoint keeps the tokenizer that the run began with: FILE may go, but to resume, name it still.
+The tokenizer. A run first trains its own tokenizer, to the end even with --steps. --restart keeps a
+finished tokenizer; --train-tokenizer --restart replaces it and trains nothing else. --tokenizer
+FILE takes one that has a token for each patch and --codebook-size codes. The run's checkpoint holds
+only a checksum of the tokenizer, so FILE has to exist when the run is resumed.
 
-Equation -> code. x: image, cropped, flipped; x': RandAugment of x, mixed up with another image.
-    z       = encoder of the tokenizer (x), one vector per patch               VQTokenizer.features
-    t(l)    = argmin over the codes e of |z(l) - e|^2                          VQTokenizer.quantize
-    L_vq    = |x - decoder(z + sg(e - z))| + 0.25 |z - sg(e)|^2, means          VQTokenizer.forward
-    e       = m / n; n, m: averages, with decay 0.99, of how many z are nearest to e, and of their
-              sum; where n falls below a tenth of even use, any z        VQTokenizer.update_codebook
-    L_class = CE(head(cls of encoder(x')), labels, mixed like x')             SupervisedMIM.forward
-    L_token = mean over hidden l of CE(decoder(encoder(visible patches of x))_l, t(l)), labels
-              smoothed by 0.1                                                       mim_token_loss
-    L       = L_class + 1.0 L_token                                           SupervisedMIM.forward
-In metrics.jsonl: loss is L; class_loss, top1 in % (of training; mixed images count as the class of
-the larger part); token_loss, token_acc over hidden patches, or pixel_loss; val_top1 of all
-validation images, best_top1 its best so far; knn and retrieval_1nn, monitors on 1000 of them. The
-tokenizer's: loss is L_vq, recon and commitment its terms; psnr in dB, perplexity and codes_used
-(share of the codebook), on 1000 validation images, or of training if there are no others.
+Equations and functions. x: an image, cropped and flipped; x': x after RandAugment and mixup.
+    z(l)     = output of the tokenizer's encoder for x at patch l              VQTokenizer.features
+    t(l)     = argmin over the codes e of |z(l) - e|^2, the token of patch l   VQTokenizer.quantize
+    L_vq     = mean |x - decoder(z + sg(e - z))| + 0.25 mean |z - sg(e)|^2,    VQTokenizer.forward
+               where sg stops the gradient
+    e        = m / n; n and m are moving averages (decay 0.99) of the number   VQTokenizer.
+               and the sum of the z nearest to e. A code with less than a      update_codebook
+               tenth of the mean use restarts at one of the z
+    L_class  = CE(head(class token of encoder(x')), labels mixed like x');     SupervisedMIM.forward
+               with --pool mean, the mean of the patch tokens
+    L_token  = mean over the hidden patches l of CE(prediction(l), t(l)) with  mim_token_loss
+               label smoothing 0.1; prediction = decoder(encoder(visible x))
+    L        = L_class + 1.0 L_token                                           SupervisedMIM.forward
 
-Provenance
-    component                                           source
-    class task beside MIM of image tokens, shallow      paper
-      decoder that is dropped, ViT-B/14
-    codebook 1024 x 256, 16 x 16 tokens                 inferred: the VQ of MaskGIT and MAGE, by two
-                                                        of the authors; /14 gives as many patches
-    recipe of "imagenet"                                AugReg (big_vision), for want of the paper's
-    straight-through, commitment 0.25, moving averages  VQ-VAE
-    encoder, masking, form of the decoder, pixels       MAE's paper and code
-    label smoothing 0.1 of the tokens                   our choice, as in MaskGIT
-    the masked pass sees x, not x'                      our choice: RandAugment moves pixels, so its
-                                                        tokens would belong to other patches
-    two passes, no labels on masked images; ratio 0.5,  our choice
-      hidden patches dropped before the encoder; 2
-      decoder blocks of its width; weight 1; head on
-      cls, zero at first; the tokenizer's architecture
-      and training; presets "demo" and "cifar"
+Names in metrics.jsonl
+    loss, class_loss, token_loss    L, L_class and L_token; pixel_loss with --target pixels
+    top1, token_acc                 % of training images (mixed ones count as their larger part) and
+                                    share of hidden patches that are predicted correctly
+    val_top1, best_top1             % of all validation images; the best so far
+    knn, retrieval_1nn              % of 1000 of them, always by the class token
+    of the tokenizer                loss is L_vq, recon and commitment its two means; psnr in dB,
+                                    perplexity and codes_used (a share) on 1000 images
 
-Known deviations
-    what                                                consequence
-    the tokenizer is small, without adversarial or      weaker targets than MaskGIT's
-      perceptual loss
-    torchvision's RandAugment, magnitudes up to 30      milder than TensorFlow's, with up to 10
-    weight decay 0.1 in "imagenet", not 1e-4            none: big_vision's is not scaled by lr 1e-3
-    one mixup share in each micro-batch                 a recipe depends on --accumulate and on the
-                                                        number of processes
-    logits of visible patches, too, which no loss uses  0.3 % of the arithmetic of ViT-B/14
-    tokens are found under autocast, in bf16 on a GPU   0.9 % of the demo's are others, as many as
-                                                        after noise of one grey level
+What is not taken from the paper
+    a summary of the paper    class loss on the whole image and MIM loss on the masked one, in two
+                              passes; VQGAN's tokens; one decoder block; head on class token or mean
+    inferred                  1024 codes of width 256 and 16 x 16 tokens, as in MaskGIT and MAGE by
+                              two of the authors: ViT-B/14 has as many patches
+    other work                AugReg: recipe of "imagenet"; VQ-VAE: commitment, moving averages;
+                              MaskGIT: label smoothing; MAE: encoder, masking, decoder, pixels
+    our choice                ratio 0.5; weight 1; decoder width; x for MIM, as RandAugment moves
+                              pixels; head zero at first; the tokenizer; fine-tuning's recipe
+
+Deviations. The tokenizer has no adversarial or perceptual loss: its tokens are weaker targets than
+VQGAN's. Mixup draws one share for each micro-batch: the recipe depends on --accumulate and on the
+number of processes. torchvision's RandAugment is milder than TensorFlow's.
 """
 
 import dataclasses
@@ -102,7 +98,7 @@ class Config(common.Config):
     pool: Literal["cls", "mean"] = "cls"  # classify by the class token, or by the mean patch token
     mixup: float = 0.5  # alpha of mixup, on the class branch; 0 is none
     randaug: int = 15  # magnitude of RandAugment's two operations, up to 30; 0 is none
-    tokenizer: str | None = None  # a tokenizer.pt; needed again to resume [trained in the folder]
+    tokenizer: str | None = None  # a tokenizer.pt; it must exist to resume, too [one is trained]
     train_tokenizer: bool = False  # train the tokenizer, and nothing else
     tokenizer_epochs: int = 20  # length of its training
     tokenizer_lr: float = 1e-3  # its peak learning rate; its batch is --batch-size, up to about 256
@@ -144,7 +140,8 @@ PRESETS = {
     "imagenet": dict(  # AugReg's recipe (Steiner et al. 2021) for training from scratch
         data="imagenet", img_size=224, patch_size=14, size="base", mask_ratio=0.5, min_crop=0.05,
         epochs=300, batch_size=4096, lr=1e-3, warmup_epochs=10_000 / 312,  # 10 000 steps
-        clip_grad=1.0, weight_decay=0.1, mixup=0.5, randaug=15, mim_weight=1.0, decoder_depth=1,
+        clip_grad=1.0, weight_decay=0.1,  # torch multiplies it by the lr: big_vision's 1e-4
+        mixup=0.5, randaug=15, mim_weight=1.0, decoder_depth=1,
         codebook_size=1024, codebook_dim=256, val_every=5, knn_every=5,
     ),
 }  # fmt: skip
@@ -153,9 +150,10 @@ PRESETS = {
 
 
 def mim_token_loss(logits: Tensor, ids: Tensor, mask: Tensor, smoothing: float = 0.1) -> Tensor:
-    """logits (B, L, K), ids (B, L) in 0..K-1, mask (B, L), True = hidden -> cross-entropy, mean
-    over the hidden patches, in fp32; the target is 1 - smoothing, and smoothing shared by all."""
-    target = ids.masked_fill(~mask, -100)  # ignored
+    """Cross-entropy, mean over the hidden patches, in fp32. logits (B, L, K); ids (B, L) in 0..K-1;
+    mask (B, L), True = hidden. The target is 1 - smoothing at the token, and `smoothing` is spread
+    evenly over all K."""
+    target = ids.masked_fill(~mask, -100)  # cross_entropy ignores these
     return F.cross_entropy(
         logits.float().flatten(0, 1), target.flatten(), ignore_index=-100, label_smoothing=smoothing
     )
@@ -188,9 +186,9 @@ class SupervisedMIM(nn.Module):
 
     def forward(self, imgs: Tensor, labels: Tensor, token_ids: Tensor | None = None,
                 clean: Tensor | None = None):
-        """imgs (B, C, H, W), labels (B,) or, of mixed images, (B, classes); token_ids (B, L) of
-        `clean`, the images of the masked pass, by default imgs. -> loss, and stats without
-        gradient: class_loss, top1; token_loss, token_acc, or pixel_loss."""
+        """The loss, and stats without gradient: class_loss, top1; token_loss and token_acc, or
+        pixel_loss. imgs (B, C, H, W); labels (B,), or (B, classes) of mixed images; `clean`: the
+        images of the masked pass, by default imgs; token_ids (B, L): their tokens."""
         logits = self.classify(imgs)
         loss = F.cross_entropy(logits.float(), labels)
         classes = labels if labels.ndim == 1 else labels.argmax(dim=1)
@@ -231,10 +229,10 @@ def convolve(in_dim: int, out_dim: int, kernel: int) -> tuple[nn.Module, ...]:
 
 
 class VQTokenizer(nn.Module):
-    """Convolutional VQ-VAE. Images (B, C, H, W), normalised, of any size, are resized to `img_size`
-    (int or (H, W)), a multiple of `stride`, which is a power of two; they have one token for each
-    stride x stride pixels, row by row. In training, `update_codebook` has to be called once a step,
-    after the forward passes: without it the codebook stays random, and what they saw piles up."""
+    """Convolutional VQ-VAE with one token for each stride x stride pixels, row by row. Normalised
+    images (B, C, H, W) of any size are resized to `img_size`, an int or (H, W), which is a multiple
+    of `stride`, a power of two. In training, call `update_codebook` once a step, after the forward
+    passes: otherwise the codebook stays random, and memory fills with the vectors of each pass."""
 
     def __init__(self, img_size=256, stride: int = 16, codebook_size: int = 1024, dim: int = 256,
                  width: int = 64, in_chans: int = 3, commitment: float = 0.25,
@@ -275,7 +273,7 @@ class VQTokenizer(nn.Module):
         """They are for whoever builds a tokenizer to load the rest into."""
 
     def features(self, imgs: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, L, dim), before quantisation, fp32."""
+        """imgs (B, C, H, W) -> vectors (B, L, dim) before quantisation, fp32."""
         return self.encoder(self.resized(imgs)).float().flatten(2).transpose(1, 2)
 
     def resized(self, imgs: Tensor) -> Tensor:
@@ -287,11 +285,12 @@ class VQTokenizer(nn.Module):
     def quantize(self, z: Tensor) -> Tensor:
         """z (B, L, dim) -> ids (B, L) int64 of the nearest codes, without autocast."""
         with torch.autocast(z.device.type, enabled=False):
-            distance = self.codebook.square().sum(dim=1) - 2 * z @ self.codebook.T  # less |z|^2
+            distance = self.codebook.square().sum(dim=1) - 2 * z @ self.codebook.T  # minus |z|^2
         return distance.argmin(dim=2)
 
     def encode(self, imgs: Tensor) -> Tensor:
-        """imgs (B, C, H, W) -> ids (B, L) int64."""
+        """imgs (B, C, H, W) -> ids (B, L) int64. Autocast in bf16 changes about one token in a
+        hundred, as noise of one grey level does."""
         return self.quantize(self.features(imgs))
 
     def decode(self, ids: Tensor) -> Tensor:
@@ -302,8 +301,8 @@ class VQTokenizer(nn.Module):
         return self.decoder(codes.transpose(1, 2).unflatten(2, self.grid))
 
     def forward(self, imgs: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """imgs (B, C, H, W) -> reconstruction (B, C, *img_size), ids (B, L), and losses: recon, the
-        mean absolute error of normalised pixels; commitment; loss, their sum with its weight."""
+        """imgs (B, C, H, W) -> reconstruction (B, C, *img_size), ids (B, L) and losses: `recon` is
+        the mean absolute error of normalised pixels, `loss` is recon + weight * `commitment`."""
         z = self.features(imgs)
         ids = self.quantize(z)
         codes = F.embedding(ids, self.codebook)
@@ -316,9 +315,10 @@ class VQTokenizer(nn.Module):
 
     @torch.no_grad()
     def update_codebook(self) -> None:
-        """Once a step: codes move to the mean of the vectors that chose them, in all micro-batches
-        of all processes; codes that nothing chooses begin again at one of the vectors."""
-        z, ids = (torch.cat(x) for x in zip(*self.seen, strict=True))
+        """Moves the codes towards the mean of the vectors nearest to them, in all micro-batches of
+        all processes. Codes that are hardly used restart at one of the vectors."""
+        z = torch.cat([vectors for vectors, _ in self.seen])
+        ids = torch.cat([ids for _, ids in self.seen])
         self.seen.clear()
         count = torch.bincount(ids, minlength=len(self.usage)).float()
         total = torch.zeros_like(self.sums).index_add_(0, ids, z)
@@ -327,8 +327,8 @@ class VQTokenizer(nn.Module):
             dist.all_reduce(total)
         self.usage.lerp_(count, 1 - self.decay)
         self.sums.lerp_(total, 1 - self.decay)
-        even = count.sum() / len(count)  # if all codes were used alike
-        dead = self.usage < 0.1 * even  # at the very first, nearly all of them
+        even = count.sum() / len(count)  # the mean use of a code
+        dead = self.usage < 0.1 * even  # in the first step, nearly all of them
         if dead.any():
             rows, needed = common.gather(z).flatten(0, 1), int(dead.sum())
             # The same rows in every process; more than once if there are too few.
@@ -356,13 +356,13 @@ def perplexity(ids: Tensor, codebook_size: int) -> tuple[float, float]:
 
 
 def measure_tokenizer(run: common.Run, tokenizer: VQTokenizer, images) -> dict:
-    """psnr, perplexity and codes_used on 1000 images."""
+    """psnr, perplexity and codes_used of 1000 images."""
 
-    def measure(imgs: Tensor) -> Tensor:  # (B, 1+L): psnr, then ids
+    def measure(imgs: Tensor) -> Tensor:  # (B, 1+L): psnr, and then the ids as numbers
         recon, ids, _ = tokenizer(imgs)
         return torch.cat([psnr(tokenizer.resized(imgs), recon)[:, None], ids], dim=1)
 
-    def in_parts(imgs: Tensor) -> Tensor:  # for large images need much memory
+    def in_parts(imgs: Tensor) -> Tensor:  # because large images need much memory
         return torch.cat([measure(part) for part in imgs.split(32)])
 
     crop = common.CentreCrop(run.cfg.img_size)
@@ -372,7 +372,8 @@ def measure_tokenizer(run: common.Run, tokenizer: VQTokenizer, images) -> dict:
 
 
 def build_tokenizer(cfg: Config) -> VQTokenizer:
-    """One token for each patch: the stride is the power of two nearest to the patch size."""
+    """A tokenizer with one token for each patch. Its stride is the power of two nearest to the
+    patch size."""
     stride = 2 ** round(math.log2(cfg.patch_size))
     img_size = cfg.img_size // cfg.patch_size * stride
     return VQTokenizer(img_size, stride, cfg.codebook_size, cfg.codebook_dim, cfg.tokenizer_width)

@@ -720,12 +720,40 @@ def test_compiled_it_computes_the_same(monkeypatch):
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-3)
 
 
-def test_init_from_a_classifier(tmp_path, shapes_folder, trained, tokenizer, capsys):
-    flags = ["--steps", "1", "--lr", "1e-9", "--tokenizer", tokenizer]
-    train(METHOD, tmp_path, shapes_folder, *flags, "--init-from", trained / "classifier.pt")
-    name = "encoder.blocks.0.attn.qkv.weight"
-    torch.testing.assert_close(weights(tmp_path)[name], weights(trained)[name], atol=1e-6, rtol=0)
-    assert "classifier.pt has no decoder, head" in capsys.readouterr().err
+@pytest.mark.parametrize("name, loaded", [
+    ("encoder.pt", {"encoder"}), ("classifier.pt", {"encoder"}),
+    ("checkpoint.pt", {"encoder", "head", "decoder"}),
+])  # fmt: skip
+def test_fine_tuning_with_mim_starts_from_the_file(
+    name, loaded, tmp_path, shapes_folder, trained, tokenizer, capsys, monkeypatch
+):
+    """What the file lacks starts as in a new run of the same seed."""
+    starts, run_start = [], common.Run.start
+
+    def start(run, loader, val, model, optimizer):
+        starts.append({k: x.clone() for k, x in model.state_dict().items()})
+        run_start(run, loader, val, model=model, optimizer=optimizer)
+
+    monkeypatch.setattr(common.Run, "start", start)
+    flags = ["--tokenizer", tokenizer, "--seed", "7", "--steps", "2"]
+    train(METHOD, tmp_path / "new", shapes_folder, *flags)
+    capsys.readouterr()
+    train(METHOD, tmp_path / "tuned", shapes_folder, *flags, "--init-from", trained / name)
+    assert ("has no decoder, head" in capsys.readouterr().err) == (name != "checkpoint.pt")
+    new, tuned = starts
+    before, file = weights(trained), common.load_encoder(trained / name).state_dict()
+    for key, x in tuned.items():
+        module, _, key_of_module = key.partition(".")
+        assert torch.equal(x, (before if module in loaded else new)[key]), key
+        if module == "encoder":
+            assert torch.equal(x, file[key_of_module]), key
+    for key in ("encoder.cls_token", "decoder.pred.weight", "head.weight"):
+        assert not torch.equal(before[key], new[key])  # they can be told apart
+    after, (line,) = weights(tmp_path / "tuned"), metrics(tmp_path / "tuned")
+    assert line["step"] == 2 and weights(tmp_path / "tuned", "step") == 2
+    assert line["loss"] == pytest.approx(line["class_loss"] + line["token_loss"], rel=1e-5)
+    for key in ("encoder.cls_token", "decoder.pred.weight", "head.weight"):
+        assert not torch.equal(after[key], tuned[key])
 
 
 def test_every_flag_reaches_its_part(tmp_path, shapes_folder, monkeypatch):
