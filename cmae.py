@@ -130,7 +130,7 @@ PRESETS = {
     # Of the authors' later code, but tau, momentum and heads, which are MoCo v3's, and crop_alpha,
     # which is Peng et al.'s for small images. Images are enlarged to 224 px.
     "tiny-imagenet": dict(
-        data="tiny-imagenet-200", img_size=224, patch_size=16, size="base", mask_ratio=0.75,
+        data=None, img_size=224, patch_size=16, size="base", mask_ratio=0.75,
         decoder_dim=128, decoder_depth=1, min_crop=0.2, crop_alpha=0.1,
         contrastive_weight=0.1, tau=0.2, momentum=0.99, head_hidden=4096, head_dim=256,
         epochs=300, batch_size=64, base_lr=1e-3, warmup_epochs=40, weight_decay=0.05,

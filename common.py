@@ -865,6 +865,9 @@ def load_dataset(name: str, split: str, size: int, data_dir="data") -> Dataset |
         return images
     if name in ("cifar10", "cifar100"):
         return download(getattr(torchvision.datasets, name.upper()), data_dir, train=split != "val")
+    if name is None:
+        raise UserError("--data has to name the folder of the images, for ImageNet the one that "
+                        "holds train/ and val/")  # fmt: skip
     if not name or not Path(name).is_dir():
         raise UserError(f"--data {name}: no such folder, nor shapes, cifar10, cifar100 or stl10")
     return load_folder(Path(name), split)

@@ -18,10 +18,11 @@ L_pix alone and have no discriminator.
     python mae_perceptual.py                                    # built-in images, all of the method
     python mae_perceptual.py --variant mae --out runs/mae-demo  # the same with plain MAE
     python mae_perceptual.py --preset cifar --variant ls        # CIFAR-10, downloaded
-    python mae_perceptual.py --preset imagenet --accumulate 2   # one GPU
-    torchrun --nproc-per-node 8 mae_perceptual.py --preset imagenet
-    torchrun --nproc-per-node 8 mae_perceptual.py --preset imagenet-mae --accumulate 2
-    torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+    python mae_perceptual.py --preset imagenet --data /data/imagenet --accumulate 2    # one GPU
+    torchrun --nproc-per-node 8 mae_perceptual.py --preset imagenet --data /data/imagenet
+    torchrun --nproc-per-node 8 mae_perceptual.py --preset imagenet-mae --data /data/imagenet \\
+        --accumulate 2
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
         mae_perceptual.py --preset imagenet --data /data/imagenet
     python eval_linear.py runs/mae_perceptual-demo --baseline   # then: is the encoder any good?
 
@@ -188,7 +189,7 @@ PRESETS = {
         normalize_features=True, r1_gamma=0.1, refresh_epochs=0.5,
     ),
     "imagenet": dict(  # Perceptual MAE, the authors' code
-        data="imagenet", img_size=224, patch_size=16, size="base", mask_ratio=0.75,
+        data=None, img_size=224, patch_size=16, size="base", mask_ratio=0.75,
         decoder_dim=512, decoder_depth=8, decoder_heads=16, min_crop=0.2,
         epochs=300, batch_size=64, lr=1.5e-4, lr_decay=0.9, warmup_epochs=0, weight_decay=0.0,
         disc_width=512, disc_lr=1.5e-4, feature_weight=0.05, style_weight=40.0, adv_weight=0.7,
@@ -196,7 +197,7 @@ PRESETS = {
     ),
     "imagenet-mae": dict(  # MAE, appendix A, table 8; 1600 epochs give the paper's best
         variant="mae",
-        data="imagenet", img_size=224, patch_size=16, size="base", mask_ratio=0.75,
+        data=None, img_size=224, patch_size=16, size="base", mask_ratio=0.75,
         decoder_dim=512, decoder_depth=8, decoder_heads=16, norm_pix=True, min_crop=0.2,
         epochs=800, batch_size=4096, base_lr=1.5e-4, warmup_epochs=40, weight_decay=0.05,
     ),

@@ -111,7 +111,7 @@ PRESETS = {
         epochs=200, batch_size=256, base_lr=1e-3, warmup_epochs=10,
     ),
     "imagenet": dict(  # the paper's batch and MAE's recipe; 1600 epochs are its best
-        data="imagenet", img_size=224, patch_size=16, size="base", mask_ratio=0.75,
+        data=None, img_size=224, patch_size=16, size="base", mask_ratio=0.75,
         decoder_dim=512, decoder_depth=8, decoder_heads=16, min_crop=0.2,
         epochs=800, batch_size=1024, base_lr=1.5e-4, warmup_epochs=40, weight_decay=0.05,
         tau=0.25, homo_weight=0.1,

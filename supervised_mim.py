@@ -138,7 +138,7 @@ PRESETS = {
         tokenizer_epochs=20, tokenizer_width=32, knn_every=1,
     ),
     "imagenet": dict(  # AugReg's recipe (Steiner et al. 2021) for training from scratch
-        data="imagenet", img_size=224, patch_size=14, size="base", mask_ratio=0.5, min_crop=0.05,
+        data=None, img_size=224, patch_size=14, size="base", mask_ratio=0.5, min_crop=0.05,
         epochs=300, batch_size=4096, lr=1e-3, warmup_epochs=10_000 / 312,  # 10 000 steps
         clip_grad=1.0, weight_decay=0.1,  # torch multiplies it by the lr: big_vision's 1e-4
         mixup=0.5, randaug=15, mim_weight=1.0, decoder_depth=1,

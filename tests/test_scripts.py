@@ -502,7 +502,7 @@ MISTAKES = {
         (["--contrastive-weight", "-1"], "--contrastive-weight must be at least 0"),
         (["--crop", "centre"], "invalid choice: 'centre'"),
         (["--preset", "imagenet"], "invalid choice: 'imagenet'"),
-        (["--preset", "tiny-imagenet"], "--data tiny-imagenet-200: no such folder"),
+        (["--preset", "tiny-imagenet"], "--data has to name the folder of the images"),
     ],
     supervised_mim: [
         (["--mim-weight", "-1"], "--mim-weight must be at least 0"),
@@ -514,7 +514,7 @@ MISTAKES = {
         (["--codebook-size", "0"], "--codebook-size must be at least 1"),
         (["--tokenizer-lr", "0"], "--tokenizer-lr must be above 0"),
         (["--target", "colours"], "invalid choice: 'colours'"),
-        (["--preset", "imagenet"], "--data imagenet: no such folder"),
+        (["--preset", "imagenet"], "--data has to name the folder of the images, for ImageNet"),
         (["--decoder-depth", "0"], "--decoder-depth must be at least 1"),
         # Found before a tokenizer is trained:
         (["--batch-size", "10", "--accumulate", "3"], "divisible by 1 processes x --accumulate 3"),
