@@ -280,8 +280,14 @@ def test_views_are_random_resized_crops_until_there_are_boxes():
 
 
 def test_views_are_the_pixels_of_the_crop_flipped_or_not(monkeypatch):
-    image, place = common.draw_shapes(1, 24, 0)[0][0], (3, 5, 16, 16)
-    monkeypatch.setattr(cmae, "sample_contrastive_crop", lambda *args, **options: place)
+    image = common.draw_shapes(1, 24, 0)[0][0, :, :20]
+
+    def sample(height, width, box, scale, alpha):
+        assert (height, width, box.tolist()) == (20, 24, [0, 0, 1, 1])
+        assert (scale, alpha) == ((0.3, 1.0), 0.1)
+        return 3, 5, 16, 16
+
+    monkeypatch.setattr(cmae, "sample_contrastive_crop", sample)
     crops = cmae.ContrastiveCrop(1, 16, min_crop=0.3, alpha=0.1, contrast=False)
     crops.known.fill_(True)
     pixels = image[:, 3:19, 5:21]  # of the crop's size: nothing is resized
