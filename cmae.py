@@ -446,8 +446,9 @@ def main(cfg: Config, data=None) -> None:
     ddp = run.wrap(model)
     fifth = max(1, round(0.2 * cfg.epochs))
     for epoch in run.epochs():
-        resumed = run.step > (epoch - 1) * loader.steps  # in mid-epoch, and so with its boxes
-        if cfg.crop == "contrastive" and epoch > 1 and (epoch - 1) % fifth == 0 and not resumed:
+        boxes_are_due = cfg.crop == "contrastive" and epoch > 1 and (epoch - 1) % fifth == 0
+        in_mid_epoch = run.step > (epoch - 1) * loader.steps  # resumed there, with its boxes
+        if boxes_are_due and not in_mid_epoch:
             crops.update(run, model.encoder, train)
         for micro_batches in run.steps():
             run.set_lr(optimizer)
@@ -459,8 +460,9 @@ def main(cfg: Config, data=None) -> None:
                 run.backward(loss)
                 run.log(loss=loss, **stats)
             run.update(optimizer)
-        areas = dict(zip(("box_area", "box_area_shuffled"), crops.areas.tolist(), strict=True))
-        run.end_epoch(model.encoder, picture=lambda: reconstruct(model, examples), **areas)
+        area, shuffled = crops.areas.tolist()
+        run.end_epoch(model.encoder, picture=lambda: reconstruct(model, examples),
+                      box_area=area, box_area_shuffled=shuffled)  # fmt: skip
 
 
 if __name__ == "__main__":
