@@ -24,7 +24,6 @@ import atexit
 import dataclasses
 import datetime
 import functools
-import hashlib
 import inspect
 import json
 import math
@@ -316,9 +315,9 @@ def normalize(imgs: Tensor) -> Tensor:
 
 
 def random_seed(*keys: int | str) -> int:
-    """A well-mixed 64-bit seed from several keys, such as ("order", seed, epoch)."""
-    digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big")
+    """One well-mixed seed from several keys, such as ("order", seed, epoch)."""
+    numbers = [zlib.crc32(key.encode()) if isinstance(key, str) else key for key in keys]
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 def seeded(*keys: int | str) -> torch.Generator:
@@ -365,13 +364,14 @@ class Views(Dataset):
     seeded for each image from (seed, epoch, index): a view does not depend on who makes it."""
 
     def __init__(self, images: Dataset, augment, seed: int = 0, epoch: int = 0):
-        self.images, self.augment, self.seed, self.epoch = images, augment, seed, epoch
+        self.images, self.augment = images, augment
+        self.first_seed = random_seed("image", seed, epoch)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple:
-        torch.default_generator.manual_seed(random_seed("image", self.seed, self.epoch, index))
+        torch.default_generator.manual_seed(self.first_seed + index)
         image, label = self.images[index]
         return self.augment(rgb_tensor(image), label, index)
 
@@ -886,6 +886,16 @@ def shared_classes(train: Dataset, val: Dataset | None) -> list[str]:
     if classes and others and classes != others:
         raise UserError("training and validation images have different .classes")
     return classes and others
+
+
+def required_classes(train: Dataset, val: Dataset | None, name: str | None) -> list[str]:
+    """`shared_classes` where labels are needed. UserError if there are none; `name` is --data, or
+    None for data that main was given."""
+    if classes := shared_classes(train, val):
+        return classes
+    if name is None:
+        raise UserError("labels are needed: training and validation images with .classes")
+    raise UserError(f"--data {name} lacks labels: class folders in train/ and val/ are needed")
 
 
 def download(kind: type, data_dir: str, **part) -> Dataset:

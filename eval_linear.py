@@ -297,7 +297,7 @@ class NormalErasing(v2.RandomErasing):
     def make_params(self, flat_inputs: list) -> dict:
         params = super().make_params(flat_inputs)
         if params["v"] is not None:  # None: no box fits, the image stays as it is
-            mean, std = common.STATISTICS[:, :, :, 0, None].unbind(0)
+            mean, std = common.STATISTICS
             pixels = 255 * (mean + std * params["v"])
             params["v"] = pixels.round().clamp(0, 255).to(torch.uint8)
         return params
@@ -354,17 +354,15 @@ def main(cfg: Config, data=None) -> None:
         size = shape["img_size"]
         data = [common.load_dataset(name, split, size, data_dir) for split in ("train", "val")]
     train, val = data
-    classes = len(common.shared_classes(train, val))
-    if not classes:
-        raise UserError(f"--data {name} lacks labels: class folders in train/ and val/")
+    classes = len(common.required_classes(train, val, name))
 
     cached = cfg.mode == "linear" and cfg.cache_features is not False
     if cfg.cache_features is None and len(train) >= 200_000:
         cached = False
     given = {name: value for name, value in dataclasses.asdict(cfg).items() if value is not None}
-    for name in ("epochs", "batch_size", "accumulate", "lr", "base_lr", "warmup_epochs"):
-        if cached and name in given:
-            raise UserError(f"--{name.replace('_', '-')} is of the full protocol, not of cached "
+    for flag in ("epochs", "batch_size", "accumulate", "lr", "base_lr", "warmup_epochs"):
+        if cached and flag in given:
+            raise UserError(f"--{flag.replace('_', '-')} is of the full protocol, not of cached "
                             "features: add --no-cache-features, or leave it out")  # fmt: skip
     trains = not cached and cfg.mode != "knn"
     defaults = recipe(cfg.mode, shape["embed_dim"]) if trains else {"pool": "cls"}

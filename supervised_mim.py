@@ -555,15 +555,6 @@ def reconstruct(model: SupervisedMIM, tokenizer: VQTokenizer | None, imgs: Tenso
     }  # fmt: skip
 
 
-def class_names(train, val, cfg: Config) -> list[str]:
-    """The classes of labelled images. UserError if training or validation images lack labels."""
-    classes = common.shared_classes(train, val)
-    if not classes:
-        raise common.UserError(f"--data {cfg.data} lacks labels, which this method needs: class "
-                               "folders in train/ and val/")  # fmt: skip
-    return classes
-
-
 def validate(run: common.Run, model: SupervisedMIM, val) -> dict[str, float]:
     """val_top1, in % of all validation images, and best_top1, the best of the run so far."""
     crop = common.CentreCrop(run.cfg.img_size)
@@ -616,7 +607,7 @@ def main(cfg: Config, data=None) -> None:
     if cfg.train_tokenizer:
         train_tokenizer(run, train, val)
         return
-    classes = class_names(train, val, cfg)
+    classes = common.required_classes(train, val, cfg.data)
     model = build(cfg, len(classes)).to(run.device)
     if cfg.init_from and not run.resumes:
         common.init_from(cfg.init_from, model)

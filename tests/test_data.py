@@ -458,8 +458,8 @@ def test_data_that_does_not_fit_is_one_line(capsys, tmp_path):
         ("mae", (floats, None), "images must be PIL images or uint8 tensors (C, H, W), not "
                                 "torch.float32 (3, 16, 16)"),
         ("mae", (pair[0], Own(24, classes=9)), "validation images have different .classes"),
-        ("supervised_mim", (pair[0], None), "lacks labels, which this method needs"),
-        ("supervised_mim", (Subset(pair[0], range(40)), pair[1]), "lacks labels"),
+        ("supervised_mim", (pair[0], None), "labels are needed: training and validation images"),
+        ("supervised_mim", (Subset(pair[0], range(40)), pair[1]), "labels are needed"),
         ("cmae", (Own(12), None), "--batch-size 16 is more than the 12 images"),
     ):  # fmt: skip
         assert message in refused(capsys, method, data, tmp_path)

@@ -348,7 +348,7 @@ def test_an_encoder_of_own_data_sets_does_not_know_what_to_be_evaluated_on(
 
 
 @pytest.mark.parametrize("classes, message", [
-    (None, "lacks labels"), ([], "lacks labels"), (["light", "dark"], "different .classes"),
+    (None, "labels are needed"), ([], "labels are needed"), (["light", "dark"], "different .classes"),
 ])  # fmt: skip
 def test_own_data_sets_need_the_same_classes(classes, message, encoder_file, capsys):
     train, val = OwnImages(64), OwnImages(16)
@@ -356,7 +356,7 @@ def test_own_data_sets_need_the_same_classes(classes, message, encoder_file, cap
         del val.classes
     else:
         val.classes = classes
-    for data in ((train, val), *[(train, None)] * (message == "lacks labels")):
+    for data in ((train, val), *[(train, None)] * (message == "labels are needed")):
         with pytest.raises(SystemExit) as end:
             evaluate(encoder_file, "knn", data=data)
         assert message in refusal(end.value.code, capsys.readouterr().err)
