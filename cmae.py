@@ -158,11 +158,11 @@ def cosines(q: Tensor, k: Tensor) -> Tensor:
         return F.normalize(q.float(), dim=1) @ F.normalize(k.float(), dim=1).T
 
 
-def info_nce(q: Tensor, k: Tensor, tau: float, labels: Tensor | None = None) -> Tensor:
-    """Queries (B, d), keys (N, d) -> cross-entropy of cosine / tau, times 2 tau, in fp32. The key
-    of query i is labels[i], by default i."""
-    labels = torch.arange(len(q), device=q.device) if labels is None else labels
-    return 2 * tau * F.cross_entropy(cosines(q, k) / tau, labels)
+def info_nce(q: Tensor, k: Tensor, tau: float) -> Tensor:
+    """Queries (B, d), keys (N, d) with N >= B -> cross-entropy of cosine / tau, times 2 tau, in
+    fp32. The key of query i is k[i]."""
+    own = torch.arange(len(q), device=q.device)
+    return 2 * tau * F.cross_entropy(cosines(q, k) / tau, own)
 
 
 def position_loss(logits: Tensor, positions: Tensor, kind: str) -> Tensor:
@@ -219,15 +219,12 @@ class CMAE(nn.Module):
         for slow, fast in pairs:
             torch._foreach_lerp_([*slow.parameters()], [*fast.parameters()], 1 - momentum)
 
-    def forward(self, view1: Tensor, view2: Tensor | None = None, momentum: float | None = None):
+    def forward(self, view1: Tensor, view2: Tensor | None = None):
         """Views (B, C, H, W), the second one with contrast only -> the loss, and stats without
         gradient: recon; with contrast contrastive, contrastive_acc; with prediction position,
-        position_acc. With `momentum`, momentum_step first: not when compiled, as a number that
-        changes would be compiled anew."""
+        position_acc."""
         if (view2 is None) == (self.contrastive_weight > 0):
             raise common.UserError("contrast takes two views; without it there is one")
-        if momentum is not None and self.contrastive_weight:
-            self.momentum_step(momentum)
         imgs, count = view1 if view2 is None else torch.cat([view1, view2]), len(view1)
         views, vit = len(imgs) // count, self.encoder
         visible, mask = common.random_masking(count, vit.num_patches, self.mask_ratio, imgs.device)

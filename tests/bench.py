@@ -102,7 +102,8 @@ def make_step(name: str, args, device: torch.device):
             pred, mask = model(imgs)
             return common.masked_mse(pred, common.patchify(imgs, cfg.patch_size), mask)
         if name == "cmae":
-            return model(imgs, imgs.flip(3), momentum=0.99)[0]
+            model.momentum_step(0.99)
+            return model(imgs, imgs.flip(3))[0]
         if script is supervised_mim:
             token_ids = tokenizer.encode(imgs) if name == "mim-tokens" else None
             return model(imgs, labels, token_ids)[0]

@@ -361,19 +361,17 @@ def test_boxes_are_updated_kept_and_restored(tmp_path):
 @pytest.mark.parametrize("tau", [0.2, 1.0])
 def test_info_nce_equals_loops(tau):
     torch.manual_seed(0)
-    q, k, labels = torch.randn(4, 6), torch.randn(7, 6), torch.tensor([3, 0, 6, 6])
+    q, k = torch.randn(4, 6), torch.randn(7, 6)
     total = 0.0
     for i in range(4):
         cosine = [F.cosine_similarity(q[i], k[j], dim=0).item() for j in range(7)]
-        right = math.exp(cosine[labels[i]] / tau)
+        right = math.exp(cosine[i] / tau)
         total -= math.log(right / sum(math.exp(c / tau) for c in cosine))
     expected = pytest.approx(2 * tau * total / 4, rel=1e-5)
-    assert cmae.info_nce(q, k, tau, labels).item() == expected
-    assert cmae.info_nce(5 * q, 0.1 * k, tau, labels).item() == expected
+    assert cmae.info_nce(q, k, tau).item() == expected
+    assert cmae.info_nce(5 * q, 0.1 * k, tau).item() == expected
     with torch.autocast("cpu", torch.bfloat16):
-        assert cmae.info_nce(q, k, tau, labels).item() == expected
-    own = cmae.info_nce(q, k, tau, torch.arange(4))
-    assert torch.equal(cmae.info_nce(q, k, tau), own)
+        assert cmae.info_nce(q, k, tau).item() == expected
 
 
 def test_position_loss_equals_loops():
@@ -492,7 +490,8 @@ def test_gradients_reach_all_that_is_trained_and_the_momentum_branch_moves(autoc
     model = model_of()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss, _ = model(*torch.randn(2, 6, 3, 16, 16), momentum=0.9)
+        model.momentum_step(0.9)
+        loss, _ = model(*torch.randn(2, 6, 3, 16, 16))
     loss.backward()
     frozen = ("momentum_", "encoder.patch_embed", "encoder.pos_embed", "decoder.pos_embed")
     for name, p in model.named_parameters():
@@ -585,9 +584,10 @@ def compute_part(folder) -> None:
     views, (visible, mask) = torch.load(f"{folder}/views.pt")
     part = slice(run.rank * 8 // run.world, (run.rank + 1) * 8 // run.world)
     ddp = run.wrap(model)
+    model.momentum_step(0.9)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "random_masking", lambda *args: (visible[part], mask[part]))
-        loss, stats = ddp(views[0][part], views[1][part], momentum=0.9)
+        loss, stats = ddp(views[0][part], views[1][part])
     loss.backward()
     crops = cmae.ContrastiveCrop(37, 16, 0.2, 0.1, contrast=True)
     crops.update(run, model.encoder, TensorDataset(*common.draw_shapes(37, 16, 0)))

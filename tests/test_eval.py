@@ -348,7 +348,8 @@ def test_an_encoder_of_own_data_sets_does_not_know_what_to_be_evaluated_on(
 
 
 @pytest.mark.parametrize("classes, message", [
-    (None, "labels are needed"), ([], "labels are needed"), (["light", "dark"], "different .classes"),
+    (None, "labels are needed"), ([], "labels are needed"),
+    (["light", "dark"], "different .classes"),
 ])  # fmt: skip
 def test_own_data_sets_need_the_same_classes(classes, message, encoder_file, capsys):
     train, val = OwnImages(64), OwnImages(16)
