@@ -682,9 +682,9 @@ def test_best_and_last(tmp_path, shapes_folder, monkeypatch):
     monkeypatch.setattr(common, "knn_monitor", lambda *args: {})
     monkeypatch.setattr(common, "accuracy", lambda *args: {"top1": next(scores)})
     flags = ["--epochs", "5", "--mim-weight", "0"]
-    for steps in ("8", "12", "16"):  # a resumed run knows what was best
-        train(METHOD, tmp_path, shapes_folder, *flags, "--steps", steps)
-        if steps == "8":
+    for steps, every in ((8, 1), (12, 2), (16, 3)):  # a resumed run knows what was best
+        train(METHOD, tmp_path, shapes_folder, *flags, "--steps", steps, "--val-every", every)
+        if steps == 8:
             best = weights(tmp_path)
     assert [x["val_top1"] for x in metrics(tmp_path)] == [30, 50, 40, 50]
     assert [x["best_top1"] for x in metrics(tmp_path)] == [30, 50, 50, 50]
