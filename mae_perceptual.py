@@ -466,9 +466,8 @@ class Adversary(nn.Module):
         super().__init__()
         self.discriminator, self.frozen = discriminator, copy.deepcopy(discriminator)
         self.frozen.eval().requires_grad_(False)
+        self.augment, self.path_length = AdaptiveAugment(), PathLength()
         self.ada, self.real_scores = ada, []
-        self.augment = AdaptiveAugment() if ada else nn.Identity()
-        self.path_length = PathLength()
         self.generator_loss = logistic_g_loss if ada else ls_g_loss
         self.discriminator_loss = logistic_d_loss if ada else ls_d_loss
         self.border = 0.0 if ada else 0.5  # D takes images of a higher score for real ones
@@ -533,14 +532,16 @@ class Adversary(nn.Module):
 
     def scores(self, discriminator: nn.Module, fake: list[Tensor], real: list[Tensor],
                for_r1: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Scores (B,) of fakes and of real images, both augmented; the real images as D saw them,
-        which require a gradient `for_r1`."""
-        fake_score, _ = discriminator(self.augment(fake))
-        seen = [image.detach().requires_grad_(for_r1) for image in self.augment(real)]
+        """Scores (B,) of fakes and of real images, and the real images as D saw them: augmented,
+        and `for_r1` with a gradient."""
+        if self.ada:
+            fake, real = self.augment(fake), self.augment(real)
+        fake_score, _ = discriminator(fake)
+        real = [image.detach().requires_grad_(for_r1) for image in real]
         # R1 needs fp32: autocast would also round the products within its gradient.
-        with torch.autocast(seen[0].device.type, enabled=False) if for_r1 else nullcontext():
-            real_score, _ = discriminator(seen)
-        return fake_score, real_score, seen
+        with torch.autocast(real[0].device.type, enabled=False) if for_r1 else nullcontext():
+            real_score, _ = discriminator(real)
+        return fake_score, real_score, real
 
     def score_statistics(self, fake_score: Tensor, real_score: Tensor) -> dict[str, Tensor]:
         """Of scores (B,) the means, and the shares of images that D is right about."""

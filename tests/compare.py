@@ -78,7 +78,7 @@ PRETRAIN = f"{ENCODER} --lr 1e-3 --epochs 10 --decoder-dim 64 --decoder-heads 2"
 PERCEPTUAL = f"mae_perceptual.py {PRETRAIN} --disc-width 64"
 MIXED, CMAE = f"mixed_ae.py {PRETRAIN}", f"cmae.py {PRETRAIN}"
 SUPERVISED = (f"supervised_mim.py {ENCODER} --decoder-depth 2 --lr 1e-3 --epochs 5 --randaug 0 "
-              "--mixup 0 --knn-every 10 --tokenizer-epochs 5")  # fmt: skip
+              "--mixup 0 --val-every 10 --knn-every 10 --tokenizer-epochs 5")  # fmt: skip
 TUNING = ("--epochs 20 --warmup-epochs 2 --batch-size 125 --lr 1e-3 --mixup 0 --cutmix 0 "
           "--erasing 0 --val-every 0 --workers 0")  # fmt: skip
 
