@@ -250,13 +250,13 @@ class CMAE(nn.Module):
             contrastive = info_nce(q1, k2, self.tau) + info_nce(q2, k1, self.tau)
             loss = loss + self.contrastive_weight * contrastive
             hits = nearest(q1, k2) + nearest(q2, k1)
-            stats |= dict(contrastive=contrastive, contrastive_acc=hits / 2)
+            stats.update(contrastive=contrastive, contrastive_acc=hits / 2)
         if self.position_weight:
             logits = self.position_head(tokens[:count, 1 : 1 + self.asked])
             position = position_loss(logits, asked, self.position_kind)
             loss = loss + self.position_weight * position
             hits = (logits.argmax(dim=2) == asked).float().mean()
-            stats |= dict(position=position, position_acc=hits)
+            stats.update(position=position, position_acc=hits)
         return loss, {name: x.detach() for name, x in stats.items()}
 
 

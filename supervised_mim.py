@@ -200,11 +200,11 @@ class SupervisedMIM(nn.Module):
             if self.target == "tokens":
                 mim = mim_token_loss(pred, token_ids, mask, self.smoothing)
                 hits = (pred.argmax(dim=2) == token_ids) & mask
-                stats |= dict(token_loss=mim, token_acc=hits.sum() / mask.sum())
+                stats.update(token_loss=mim, token_acc=hits.sum() / mask.sum())
             else:
                 patches = common.patchify(clean, self.encoder.patch_size)
                 mim = common.masked_mse(pred, patches, mask)
-                stats |= dict(pixel_loss=mim)
+                stats.update(pixel_loss=mim)
             loss = loss + self.mim_weight * mim
         return loss, {name: x.detach() for name, x in stats.items()}
 
