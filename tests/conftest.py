@@ -1,5 +1,6 @@
 """What the tests share: the smallest run of each method, checks of runs, processes, data."""
 
+import faulthandler
 import functools
 import json
 import multiprocessing
@@ -32,11 +33,21 @@ import supervised_mim  # noqa: E402
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: long tests, which only -m slow runs")
+    config.terminal = os.dup(2)  # what pytest does not capture
 
 
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("-m"):
         items[:] = [item for item in items if "slow" not in item.keywords]
+
+
+@pytest.fixture(autouse=True)
+def time_limit(request):
+    """A test that hangs ends the session, with a traceback that names it."""
+    if "slow" not in request.keywords:
+        faulthandler.dump_traceback_later(600, exit=True, file=request.config.terminal)
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 # ------------------------------------------------------------------------------ methods
@@ -181,8 +192,11 @@ def in_processes(count: int, function, *arguments) -> list[int]:
         processes.append(process)
     for process in processes:
         process.join(240)
+    hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for process in processes:
         process.kill()
         process.join()
+    assert not hung, f"{function.__name__} did not end in processes {hung} within 240 s"
     return [process.exitcode for process in processes]
 
 
