@@ -311,7 +311,7 @@ def normalize(imgs: Tensor) -> Tensor:
     """(B, 3, H, W) in 0..255, uint8 or float -> network input, float32."""
     # The copy does not wait for the GPU; CUDA reads such small values before the call returns.
     mean, std = 255 * STATISTICS.to(imgs.device, non_blocking=True)
-    return (imgs - mean) / std
+    return (imgs - mean).div_(std)
 
 
 def random_seed(*keys: int | str) -> int:
@@ -970,6 +970,7 @@ class ImageFiles(ImageFolder):
 def read_image(path: str) -> Image.Image:
     """The first frame in RGB, as it is stored: like torchvision, not turned by EXIF."""
     with Image.open(path) as image:
+        image.load()
         return rgb(image)
 
 
@@ -982,7 +983,7 @@ def rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray((deep // 256).astype(np.uint8))
     if image.mode == "P":  # a palette may have transparent colours
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def rgb_tensor(image) -> Tensor:
