@@ -199,7 +199,7 @@ class CMAE(nn.Module):
         self.contrastive_weight, self.position_weight = contrastive_weight, position_weight
         self.position_kind, self.withhold = position_kind, position_input == "withheld"
         dim, num_patches = encoder.embed_dim, encoder.num_patches
-        keep = int(num_patches * (1 - mask_ratio))
+        keep = common.num_visible(num_patches, mask_ratio)
         self.asked = max(1, keep // 2) if self.withhold else keep  # tokens, for their position
         if contrastive_weight:
             encoder.patch_embed.requires_grad_(False)  # random, for stability (MoCo v3)
@@ -294,8 +294,8 @@ def stretched(heatmaps: Tensor, size: tuple[int, int]) -> Tensor:
 def boxes_from_heatmaps(heatmaps: Tensor, size: tuple[int, int], threshold=0.1) -> Tensor:
     """Peng et al.'s rule: heatmaps (B, h, w) -> boxes (B, 4) as shares of the image's height and
     width: h_min, w_min, h_max, w_max, the first and last row and column that exceed the threshold,
-    once the map is scaled to 0..1 and enlarged to `size` (H, W). The whole image if the map is
-    constant."""
+    once the map is scaled to 0..1 and enlarged to `size` (H, W). A constant map gives all rows
+    but the last: 0 to (H - 1) / H, and columns likewise."""
     hot = stretched(heatmaps, size) > threshold
     spans = []
     for line in (hot.any(dim=2).int(), hot.any(dim=1).int()):
@@ -307,18 +307,18 @@ def boxes_from_heatmaps(heatmaps: Tensor, size: tuple[int, int], threshold=0.1) 
 def sample_contrastive_crop(height: int, width: int, box: Tensor, scale=(0.2, 1.0),
                             ratio=(3 / 4, 4 / 3), alpha: float = 0.6) -> tuple:  # fmt: skip
     """A crop (top, left, h, w) in pixels, of the size of a RandomResizedCrop. `box` (4,) holds
-    shares of the image. The middle of the crop lies in the box, at a Beta(alpha, alpha) share of
-    its height and, independently, of its width, as far as the crop then stays within the image."""
+    shares of the image. The centre of the crop lies in the box, at a share of its height and width
+    that is drawn from Beta(alpha, alpha) for each axis; the crop is kept inside the image."""
     _, _, h, w = v2.RandomResizedCrop.get_params(torch.empty(1, height, width), scale, ratio)
     h_min, w_min, h_max, w_max = box.tolist()
     beta = torch.distributions.Beta(alpha, alpha, validate_args=False)
     down, right = beta.sample((2,)).tolist()
-    top = place(height, h, h_min, h_max, down)
-    left = place(width, w, w_min, w_max, right)
+    top = crop_start(height, h, h_min, h_max, down)
+    left = crop_start(width, w, w_min, w_max, right)
     return top, left, h, w
 
 
-def place(side: int, length: int, low: float, high: float, share: float) -> int:
+def crop_start(side: int, length: int, low: float, high: float, share: float) -> int:
     """Where a crop of `length` pixels starts: at `share` of the way between the two places that put
     its middle on the box's edges, `low` and `high`, shares of the image's `side`."""
     room = side - length

@@ -87,7 +87,8 @@ def sincos_2d(dim: int, grid: tuple[int, int]) -> Tensor:
 
 
 def fixed_positions(dim: int, grid: tuple[int, int]) -> nn.Parameter:
-    """(1, 1+L, dim), zero for cls. A frozen parameter: it is saved, and can be unfrozen."""
+    """Frozen parameter (1, 1+L, dim): a zero row for the class token, then `sincos_2d`. As a
+    parameter it is saved and can be fine-tuned."""
     return nn.Parameter(F.pad(sincos_2d(dim, grid), (0, 0, 1, 0))[None], requires_grad=False)
 
 
@@ -166,7 +167,8 @@ class Attention(nn.Module):
         return [y.transpose(1, 2) for y in qkv]
 
     def forward(self, x: Tensor, attend=F.scaled_dot_product_attention) -> Tensor:
-        """`attend`: from queries, keys and values to outputs like the queries."""
+        """x (B, n, D) -> (B, n, D). attend(q, k, v) computes the attention; its output has the
+        shape of q."""
         return self.proj(attend(*self.heads(x)).transpose(1, 2).flatten(2))
 
 
@@ -309,7 +311,7 @@ BICUBIC = v2.InterpolationMode.BICUBIC
 
 def normalize(imgs: Tensor) -> Tensor:
     """(B, 3, H, W) in 0..255, uint8 or float -> network input, float32."""
-    # The copy does not wait for the GPU; CUDA reads such small values before the call returns.
+    # non_blocking spares a wait for the GPU; CUDA copies so small a tensor before the call returns.
     mean, std = 255 * STATISTICS.to(imgs.device, non_blocking=True)
     return (imgs - mean).div_(std)
 
@@ -361,7 +363,8 @@ class Views(Dataset):
 
     augment(image, label, index) -> (*views, label): `image` is a uint8 tensor (3, H, W), `index`
     its number in the data set. torch's default generator, which torchvision's transforms use, is
-    seeded for each image from (seed, epoch, index): a view does not depend on who makes it."""
+    seeded for each image from (seed, epoch, index), so that a view does not depend on the worker or
+    process that makes it."""
 
     def __init__(self, images: Dataset, augment, seed: int = 0, epoch: int = 0):
         self.images, self.augment = images, augment
@@ -372,7 +375,13 @@ class Views(Dataset):
 
     def __getitem__(self, index: int) -> tuple:
         torch.default_generator.manual_seed(self.first_seed + index)
-        image, label = self.images[index]
+        item = self.images[index]
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            raise UserError(f"a data set must return pairs (image, label), not {type(item)}")
+        image, label = item
+        classes = getattr(self.images, "classes", [])
+        if classes and isinstance(label, int) and not -1 <= label < len(classes):
+            raise UserError(f"image {index} has label {label}, of {len(classes)} classes")
         return self.augment(rgb_tensor(image), label, index)
 
 
@@ -380,9 +389,9 @@ class TrainLoader:
     """Shuffled epochs of micro-batches: normalised views (b, 3, size, size), one tensor for each
     view that `augment` makes (see Views), and labels (b,).
 
-    A global batch is cut into processes x accumulate micro-batches. Each of them is the same
-    whoever computes it: two processes see what one process with --accumulate 2 sees. The last
-    batch of an epoch is left out if it is incomplete."""
+    A global batch is cut into processes x accumulate micro-batches, which are the same for any
+    number of processes: two see what one process with --accumulate 2 sees. The last batch of an
+    epoch is left out if it is incomplete."""
 
     def __init__(self, run: "Run", images: Dataset, augment):
         self.run, self.images, self.augment = run, images, augment
@@ -404,7 +413,8 @@ class TrainLoader:
         order = torch.randperm(len(self.images), generator=seeded("order", cfg.seed, epoch))
         order = order[: self.steps * cfg.batch_size]
         order = order.view(self.steps, self.run.world, cfg.accumulate, self.micro_batch)
-        mine = order[first:, self.run.rank].flatten(0, 1)  # (micro-batches, images of each)
+        # order[step, process, micro-batch, image]
+        mine = order[first:, self.run.rank].flatten(0, 1)  # (micro-batches, images)
         views = Views(self.images, self.augment, cfg.seed, epoch)
         for *imgs, labels in data_loader(self.run, views, mine.tolist()):
             imgs = [normalize(x.to(device, non_blocking=True)) for x in imgs]
@@ -412,15 +422,15 @@ class TrainLoader:
 
 
 def data_loader(run: "Run", views: Views, batches: list[list[int]]) -> DataLoader:
-    """torch's DataLoader of these batches, lists of indices. Without --workers, a GPU is fed by one
-    worker process a core, at most 16; on a CPU the process that trains loads the images, too."""
+    """torch's DataLoader of these batches, which are lists of indices. By default there is one
+    worker process for each core (at most 16) with a GPU, and none on a CPU."""
     workers = run.cfg.workers
     if workers is None and run.device.type == "cpu":
         workers = 0
     elif workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         workers = max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    # Every epoch starts its workers anew: forking takes milliseconds, other ways seconds.
+    # Every epoch starts its workers anew: forking takes milliseconds, spawning takes seconds.
     context = "fork" if workers and sys.platform == "linux" else None
     return DataLoader(
         views, batch_sampler=batches, num_workers=workers, worker_init_fn=outlive_signals,
@@ -433,8 +443,8 @@ def data_loader(run: "Run", views: Views, batches: list[list[int]]) -> DataLoade
 
 def adamw(model: nn.Module, weight_decay: float, lr: float = 0.0,
           betas: tuple[float, float] = (0.9, 0.95)) -> torch.optim.Optimizer:
-    """AdamW of the trainable parameters, by default with MAE's betas, in two groups: weight decay,
-    but none for biases and LayerNorm (1-D)."""
+    """AdamW of the trainable parameters, by default with MAE's betas. Biases and LayerNorm (1-D)
+    have no weight decay."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
@@ -468,9 +478,10 @@ class Run:
                 run.update(optimizer)
             run.end_epoch(model.encoder)                            # logs, measures, saves
 
-    No state of a generator is stored. The order of the images is drawn from (seed, epoch), their
-    views from (seed, epoch, image), the model's random numbers from (seed, step, micro-batch). So
-    a run that was stopped and resumed repeats the uninterrupted one; on the CPU, bit for bit."""
+    A checkpoint stores no state of random numbers. The order of the images is drawn from (seed,
+    epoch), their views from (seed, epoch, image), the model's random numbers from (seed, step,
+    micro-batch). So a run that was stopped and resumed repeats the uninterrupted one; on the CPU,
+    bit for bit."""
 
     caught = 0  # the number of the last signal that this process received
 
@@ -517,9 +528,9 @@ class Run:
         catch_signals(self)
 
     def wrap(self, model: nn.Module, compile: bool = True) -> nn.Module:
-        """The model to call in the loop: compiled in place if --compile says so and `compile` does
-        not forbid it, gradients averaged over processes. Buffers stay those of each process, so
-        that the model may be called twice before a backward pass."""
+        """The model to call in the loop: compiled in place if both --compile and `compile` are
+        true, and wrapped in DDP if there are several processes. Each process keeps its own buffers,
+        so that the model may be called twice before a backward pass."""
         if self.cfg.compile and compile:
             model.compile()  # in place, so that the names in state_dict stay clean
         if self.world == 1:
@@ -539,20 +550,21 @@ class Run:
     def steps(self) -> Iterator[Iterator[tuple[Tensor, ...]]]:
         """The epoch's steps that are still to do; each is an iterator over its micro-batches.
 
-        After every step on a CPU, after every tenth on a GPU, which has to be waited for, the loss
-        is checked and the run is saved if it is time, or stopped if a signal came."""
+        Between two steps, the loss is checked, and the run is saved if it is time, or stopped if a
+        signal came. On a GPU this happens after every tenth step, as reading the loss waits for
+        the GPU."""
         first, end = self.step, min(self.epoch * self.loader.steps, self.last_step)
         every = 1 if self.device.type == "cpu" else 10
         self.waited, begin = 0.0, time.perf_counter()
-        hidden = True if self.rank > 0 else None  # None: only where there is a terminal
-        bar = tqdm(total=end - first, desc=self._title(), disable=hidden)
+        disable = True if self.rank > 0 else None  # None: a bar only where there is a terminal
+        bar = tqdm(total=end - first, desc=self._title(), disable=disable)
         with bar, closing(self.loader.batches(first)) as batches:  # ends the loader's workers
             while self.step < end:
                 yield self._micro_batches(batches)
                 self.step += 1
                 bar.update()
-                stopped = Run.caught and self.world == 1
-                if self.step % every == 0 or self.step == end or stopped:
+                must_stop = Run.caught != 0 and self.world == 1
+                if self.step % every == 0 or self.step == end or must_stop:
                     self._show_progress(bar, self.step - first, time.perf_counter() - begin)
                     if self.step < end:  # after an epoch's last step, `end_epoch` saves
                         save_or_stop(self)
@@ -582,8 +594,8 @@ class Run:
         return f"epoch {self.epoch}/{self.cfg.epochs}"
 
     def set_lr(self, optimizer, floor: float = 0.0, lr: float | None = None) -> None:
-        """Sets this step's learning rate: warm-up and cosine down to `floor`, or `lr`; times a
-        parameter group's own "lr_scale" if it has one."""
+        """Sets this step's learning rate: `lr`, or else warm-up and cosine down to `floor`. It is
+        multiplied by the "lr_scale" of a parameter group that has one."""
         schedule = warmup_cosine(self.step, self.total, self.warmup, self.peak_lr, floor)
         self.lr = schedule if lr is None else lr
         for group in optimizer.param_groups:
@@ -610,10 +622,10 @@ class Run:
                 nn.utils.clip_grads_with_norm_(parameters, self.cfg.clip_grad, norm)
             if self.scaler.is_enabled():
                 self.log(skipped=~norm.isfinite())
-                norm = norm.nan_to_num(0, 0)
+                norm = norm.nan_to_num(nan=0, posinf=0)
             self.log(**{name: norm})
             self.scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
         self.scaler.update()
 
     def log(self, **values: Tensor) -> None:
@@ -636,7 +648,7 @@ class Run:
         return means
 
     def due(self, every: int) -> bool:
-        """At an epoch's end: is it time for what is done every so many epochs and at the end?"""
+        """True at the end of every `every`-th epoch and of the run; never if `every` is 0."""
         return every > 0 and (self.step >= self.last_step or self.epoch % every == 0)
 
     def end_epoch(self, encoder: ViT | None = None, picture=None, **results: float) -> None:
@@ -654,7 +666,7 @@ class Run:
         if picture and self.rank == 0 and self.due(self.cfg.recon_every):
             torch.manual_seed(random_seed("picture", self.cfg.seed))  # always the same masks
             save_grid(self.folder / f"recon_{self.epoch:04d}.png", picture())
-        save_or_stop(self, encoder, save_now=True)  # last: what a kill cuts off is done again
+        save_or_stop(self, encoder, save_now=True)  # last: after a kill, all of the above is redone
         if self.step == self.last_step:
             self.print(f"step {self.step} of {self.total} is done; results are in {self.folder}")
 
@@ -692,7 +704,7 @@ class TrainConfig:
     data_dir: str = "data"  # where cifar10, cifar100 and stl10 are downloaded to
     min_crop: float = 0.2  # smallest area of a random crop, as a share of the image
     epochs: int = 10  # length of the schedule, at whose end the learning rate is 0
-    steps: int | None = None  # stop after so many steps, all files written; rerun to go on
+    steps: int | None = None  # stop after so many steps and write all files; rerun to go on
     batch_size: int = 256  # images per optimiser step, over all processes and accumulations
     accumulate: int = 1  # micro-batches per step and process; raise it when memory runs out
     base_lr: float = 1.5e-4  # learning rate per 256 images: lr = base_lr * batch_size / 256
@@ -807,15 +819,18 @@ def parse(config_class: type, presets: dict[str, dict], argv: list[str] | None =
 
 
 def entry_point(main):
-    """Decorator of a script's main(cfg, data=None): checks cfg; a UserError becomes one line and
-    exit code 2. With `data`, the training and validation images themselves, cfg.data is None: what
-    a run stores must not name a data set that it did not see."""
+    """Decorator of a script's main(cfg, data=None): checks cfg and data; a UserError becomes one
+    line and exit code 2. If `data` is given, cfg.data becomes None, so that nothing that the run
+    stores names a data set that it did not see."""
 
     @functools.wraps(main)
     def wrapped(cfg, data=None):
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
+            with suppress(ValueError):  # not the main thread
+                signal.signal(signal.SIGTERM, end_at_once)
             if data is not None:
+                check_pair(data)
                 cfg = dataclasses.replace(cfg, data=None)
             cfg.check()
             main(cfg, data)
@@ -829,7 +844,8 @@ def entry_point(main):
                   "fewer images, and the recipe stays the same.", file=sys.stderr)  # fmt: skip
             sys.exit(2)
         except KeyboardInterrupt:
-            print("interrupted; run the same command again to go on", file=sys.stderr, flush=True)
+            print("interrupted; the same command goes on from the last checkpoint, if there is one",
+                  file=sys.stderr, flush=True)  # fmt: skip
             sys.exit(130)
         finally:
             Run.caught = 0
@@ -851,8 +867,8 @@ SHAPES = ("disk", "ring", "square", "triangle", "star",
 def load_dataset(name: str, split: str, size: int, data_dir="data") -> Dataset | None:
     """A split of a data set: "pretrain" (all images for training without labels), "train" or "val";
     None where a folder has no such split. `name` is shapes, drawn at size x size pixels; cifar10,
-    cifar100 or stl10, downloaded to `data_dir`; or a folder that holds train/ and val/ with a
-    folder a class, or any tree of images without labels."""
+    cifar100 or stl10, downloaded to `data_dir`; or a folder: one that holds train/ and val/ with
+    one folder per class, or any tree of images, which then have no labels."""
     if name == "shapes":
         count, seed = (4000, 1) if split == "val" else (20000, 0)
         images = TensorDataset(*draw_shapes(count, size, seed))
@@ -885,7 +901,7 @@ def shared_classes(train: Dataset, val: Dataset | None) -> list[str]:
     classes, others = (list(getattr(images, "classes", [])) for images in (train, val))
     if classes and others and classes != others:
         raise UserError("training and validation images have different .classes")
-    return classes and others
+    return classes if others else []
 
 
 def required_classes(train: Dataset, val: Dataset | None, name: str | None) -> list[str]:
@@ -894,8 +910,17 @@ def required_classes(train: Dataset, val: Dataset | None, name: str | None) -> l
     if classes := shared_classes(train, val):
         return classes
     if name is None:
-        raise UserError("labels are needed: training and validation images with .classes")
+        raise UserError("labels are needed: training and validation images with .classes, names of "
+                        "the classes (a Subset has lost them: set them again)")  # fmt: skip
     raise UserError(f"--data {name} lacks labels: class folders in train/ and val/ are needed")
+
+
+def check_pair(data) -> None:
+    """UserError unless `data` is (training images, validation images or None) and none is empty."""
+    if not isinstance(data, tuple | list) or len(data) != 2:
+        raise UserError("data must be a pair: training images, and validation images or None")
+    if any(images is not None and len(images) == 0 for images in data):
+        raise UserError("a data set has no images; for no validation images, pass None")
 
 
 def download(kind: type, data_dir: str, **part) -> Dataset:
@@ -940,7 +965,8 @@ class ImageFiles(ImageFolder):
     """torchvision's ImageFolder with the numbers of given `classes`, some of which may have no
     images, as in a small val/. Without classes, all images in `root` and below, labelled -1.
 
-    UserError for no image or another class. An unreadable image is named; the next stands in."""
+    UserError if there are no images, or a class is unknown. An unreadable image is named, and the
+    next one stands in for it."""
 
     def __init__(self, root: Path, classes: list[str]):
         self.given = classes
@@ -979,7 +1005,7 @@ def rgb(image: Image.Image) -> Image.Image:
     if image.mode[0] in "IF":
         deep = np.asarray(image)
         if image.mode == "F" or deep.min() < 0 or deep.max() >= 1 << 16:
-            raise ValueError(f"an image of mode {image.mode} has no agreed range of values")
+            raise UserError(f"an image of mode {image.mode} has no agreed range of values")
         image = Image.fromarray((deep // 256).astype(np.uint8))
     if image.mode == "P":  # a palette may have transparent colours
         image = image.convert("RGBA")
@@ -990,9 +1016,11 @@ def rgb_tensor(image) -> Tensor:
     """A PIL image, or a uint8 tensor of 1, 3 or 4 (RGBA) channels -> uint8 (3, H, W)."""
     if isinstance(image, Image.Image):
         return v2.functional.pil_to_tensor(rgb(image))
-    if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 3:
-        what = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image)
-        raise UserError(f"images must be PIL images or uint8 tensors (C, H, W), not {what}")
+    if not isinstance(image, Tensor):
+        raise UserError(f"images must be PIL images or uint8 tensors, not {type(image)}")
+    if image.dtype != torch.uint8 or image.ndim != 3 or len(image) not in (1, 3, 4):
+        raise UserError("images must be PIL images or uint8 tensors (C, H, W) with C = 1, 3 or 4, "
+                        f"not {image.dtype} {tuple(image.shape)}")  # fmt: skip
     return image.expand(3, -1, -1) if len(image) == 1 else image[:3]
 
 
@@ -1107,7 +1135,7 @@ def our_name(name: str) -> str:
 
 
 def weights_of(name: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those of one module, without its name."""
+    """The weights of the module `name`, without that prefix."""
     return {k.removeprefix(f"{name}."): x for k, x in weights.items() if k.startswith(f"{name}.")}
 
 
@@ -1139,8 +1167,9 @@ def save_encoder(path: Path, encoder: ViT, config: dict) -> None:
 
 
 def init_from(path, model: nn.Module) -> set[str]:
-    """Load a file's weights into the modules (.encoder, .decoder, ...) that it and the model both
-    have; all keys of these must fit. Says, and returns, which of the model's it lacks."""
+    """Loads every module (.encoder, .decoder, ...) that both the file and the model have; all of
+    its keys must fit. Returns the names of the model's modules that the file lacks, after a line
+    that says so."""
     weights, missing = load_weights(path)[0], set()
     for name, module in model.named_children():
         if found := weights_of(name, weights):
@@ -1218,7 +1247,7 @@ def open_folder(run: Run) -> None:
     images, file = run.loader.images, folder / CHECKPOINT
     settings = dataclasses.asdict(cfg)
     classes = "/".join(getattr(images, "classes", []))
-    # What a run has in common with the one that it resumes; a script may have added to it.
+    # Settings that must be equal for a run to be resumed; a script may have added to them.
     run.identity |= {name: value for name, value in settings.items() if name not in cfg.may_change}
     run.identity |= {
         "script": run.script, "precision": run.precision, "number of images": len(images),
@@ -1261,6 +1290,8 @@ def lock(folder: Path):
 def resume(run: Run, saved: dict, file: Path) -> None:
     """Takes every state from the content of a checkpoint. UserError if it is of another run."""
     old = saved.get("identity", {})
+    if old.get("script", run.script) != run.script:
+        raise UserError(f"{file} is a run of {old['script']}, not {run.script}; use another --out")
     differ = [name for name in run.identity if run.identity[name] != old.get(name)]
     if differ:
         changes = ", ".join(f"{name} was {old.get(name)}, now {run.identity[name]}"
@@ -1301,20 +1332,26 @@ def announce(run: Run) -> None:
 
 
 def catch_signals(run: Run) -> None:
-    """From now on SIGTERM and Ctrl-C only ask the run to stop; `entry_point` ends this. A second
-    one ends it at once, unless there are other processes: launchers send several."""
+    """From now on, the first SIGTERM or Ctrl-C lets the run finish its step, save and stop. In a
+    single process, a second one ends it at once; launchers of several processes send several
+    signals. `entry_point` restores the handlers."""
 
     def remember(number: int, frame) -> None:
         Run.caught = number
         if run.rank == 0:
             os.write(2, b"stopping after this step\n")  # print could be interrupted by itself
         if run.world == 1:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, end_at_once)
 
     with suppress(ValueError):  # not the main thread
         for number in (signal.SIGTERM, signal.SIGINT):
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, remember)
+
+
+def end_at_once(number: int, frame) -> None:
+    """A handler of signals, which ends the loaders' workers, too."""
+    sys.exit(128 + number)
 
 
 def outlive_signals(worker: int) -> None:
@@ -1343,7 +1380,7 @@ def save_or_stop(run: Run, encoder: ViT | None = None, save_now: bool = False) -
         dist.all_reduce(wishes, dist.ReduceOp.MAX)
     number, must_save = wishes.tolist()
     if number or must_save:
-        check_weights(run)
+        sync_and_check(run)
         save(run, encoder)
     if number:
         again = "run the same command again, without --restart, to go on"
@@ -1351,7 +1388,7 @@ def save_or_stop(run: Run, encoder: ViT | None = None, save_now: bool = False) -
         sys.exit(128 + number)
 
 
-def check_weights(run: Run) -> None:
+def sync_and_check(run: Run) -> None:
     """Gives all processes the same BatchNorm statistics. UserError if a weight is not finite."""
     for name, module in run.state.items():
         if isinstance(module, nn.Module):
@@ -1443,9 +1480,9 @@ def example_images(images: Dataset, augment, device, count: int = 8) -> Tensor:
 @torch.no_grad()
 def outputs(run: Run, model: nn.Module, forward, images: Dataset, augment,
             limit: int | None = None) -> tuple[Tensor, Tensor]:
-    """forward(imgs) (N, ...) in fp32 and the labels (N,) of all images, or of `limit`, in order.
-    `model` is in eval mode meanwhile. Each process does a share of the work and gets all results;
-    some do an image twice, so that all shares are equal."""
+    """Outputs of `forward`, (N, ...) in fp32, and labels (N,) of all images, or of `limit`, in
+    order. `model` is in eval mode meanwhile. Each process does a share of the work and gets all
+    results; some do an image twice, so that all shares are equal."""
     index, training, parts = evenly_spaced(images, limit), model.training, []
     each = math.ceil(len(index) / run.world)
     share = [index[(run.rank + i * run.world) % len(index)] for i in range(each)]
@@ -1487,8 +1524,8 @@ def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def knn_monitor(run: Run, encoder: ViT) -> dict[str, float]:
-    """Top-1 in % of weighted 20-NN on the class token, and of the nearest neighbour, for 1000
-    validation images among 5000 training images. An evaluation with all images is more exact."""
+    """Top-1 (%) of 20-NN and 1-NN by the class token, of 1000 validation images against 5000
+    training images. An evaluation with all images is more exact."""
     crop = CentreCrop(run.cfg.img_size)
 
     def features(images: Dataset, limit: int) -> tuple[Tensor, Tensor]:

@@ -31,8 +31,9 @@ encoder's size stay whole.
 Provenance   linear, finetune: He et al. 2022, appendix A, and their published settings.
              knn: Wu et al. 2018, in the form of DINO (Caron et al. 2021).
              Our choices: the cached probe; for encoders narrower than ViT-B its settings;
-             RandAugment "m9" is torchvision's operations at magnitude 9 of 10, two of them with
-             probability 1/2 each as in timm, without timm's magnitude noise, and bilinear.
+             random erasing's noise is clipped to the range of pixels; RandAugment "m9" is
+             torchvision's operations at magnitude 9 of 10, two of them with probability 1/2 each as
+             in timm, without timm's magnitude noise, and bilinear.
 """
 
 import dataclasses

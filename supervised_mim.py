@@ -393,7 +393,7 @@ def get_tokenizer(run: common.Run, train, val) -> VQTokenizer:
     elif own.exists():
         tokenizer = read_tokenizer(own)
         check_settings(tokenizer, own, cfg)
-    elif run.resumes:  # it would train a tokenizer for long, and in the end not be the same run
+    elif run.resumes:  # a newly trained tokenizer would have another checksum
         raise common.UserError(
             f"the run in {run.folder} has no tokenizer of its own: add the --tokenizer that it "
             "began with, or use another --out or --restart"
@@ -571,8 +571,8 @@ def best_so_far(run: common.Run) -> float:
 def save_classifier(run: common.Run, model: SupervisedMIM, classes: list[str],
                     results: dict[str, float]) -> None:
     """Writes classifier.pt: encoder and head under timm's names, the numbers that rebuild the ViT,
-    timm's name of the pooling, and the names of the classes. If `results`, those of `validate`, are
-    better than all before, writes classifier.best.pt, too."""
+    timm's global_pool (in timm, "avg" needs fc_norm=False, too), and the names of the classes. If
+    `results`, those of `validate`, are the best so far, writes classifier.best.pt, too."""
     head = {f"head.{name}": x for name, x in model.head.state_dict().items()}
     content = {"model": model.encoder.state_dict() | head, "vit": model.encoder.settings,
                "global_pool": "token" if model.pool == "cls" else "avg",

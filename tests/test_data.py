@@ -451,18 +451,33 @@ def refused(capsys, method: str, data, tmp_path) -> str:
     return error
 
 
+class Odd(Own):
+    """Every item is what `item` makes of an image and a label."""
+
+    def __init__(self, count: int, item, classes: int = 10):
+        super().__init__(count, classes)
+        self.item = item
+
+    def __getitem__(self, index: int):
+        return self.item(self.pixels[index], int(self.labels[index]))
+
+
 def test_data_that_does_not_fit_is_one_line(capsys, tmp_path):
     pair = Own(48, classes=10), Own(24, classes=10)
-    floats = TensorDataset(torch.rand(48, 3, 16, 16), torch.zeros(48).long())
     for method, data, message in (
-        ("mae", (floats, None), "images must be PIL images or uint8 tensors (C, H, W), not "
-                                "torch.float32 (3, 16, 16)"),
+        ("mae", (Odd(48, lambda x, y: (x / 255, y)), None), "not torch.float32 (3, 24, 24)"),
+        ("mae", (Odd(48, lambda x, y: (x.permute(1, 2, 0), y)), None), "C = 1, 3 or 4, not"),
+        ("mae", (Odd(48, lambda x, y: (x.numpy(), y)), None), "PIL images or uint8 tensors"),
+        ("mae", (Odd(48, lambda x, y: x), None), "must return pairs (image, label)"),
+        ("mae", (Odd(48, lambda x, y: (x, y + 9)), None), ", of 10 classes"),
         ("mae", (pair[0], Own(24, classes=9)), "validation images have different .classes"),
+        ("mae", (pair[0], Own(0)), "a data set has no images"),
+        ("mae", pair[0], "data must be a pair"),
         ("supervised_mim", (pair[0], None), "labels are needed: training and validation images"),
-        ("supervised_mim", (Subset(pair[0], range(40)), pair[1]), "labels are needed"),
+        ("supervised_mim", (Subset(pair[0], range(40)), pair[1]), "a Subset has lost them"),
         ("cmae", (Own(12), None), "--batch-size 16 is more than the 12 images"),
     ):  # fmt: skip
-        assert message in refused(capsys, method, data, tmp_path)
+        assert message in refused(capsys, method, data, tmp_path), message
 
 
 # ------------------------------------------------------------------------------ torchvision's sets

@@ -207,6 +207,25 @@ def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(
     assert next(losses) == next(losses)
 
 
+def evaluate_until(number: int, file) -> None:
+    """A signal comes while features are computed, by worker processes; nothing is saved then."""
+    outputs = common.outputs
+
+    def outputs_and_signal(*arguments):
+        os.kill(os.getpid(), number)
+        return outputs(*arguments)
+
+    common.outputs = outputs_and_signal
+    arguments = [str(file), "--mode", "knn", "--workers", "2", "--device", "cpu"]
+    eval_linear.main(common.parse(eval_linear.Config, {}, arguments))
+
+
+def test_a_signal_ends_an_evaluation_without_training_at_once(whole, tmp_path):
+    file = shutil.copy(whole("mae") / "encoder.pt", tmp_path)
+    assert in_processes(1, evaluate_until, signal.SIGTERM, file) == [143]
+    assert in_processes(1, evaluate_until, signal.SIGINT, file) == [130]
+
+
 def test_a_signal_to_one_process_stops_all_and_they_resume(tmp_path, shapes_folder):
     flags = [shapes_folder, "--epochs", "2"]
     for folder, ends in (("whole", [None]), ("parts", [(signal.SIGTERM, 5, 1), None])):
@@ -552,7 +571,7 @@ def test_mistakes_in_a_run_folder(whole, tmp_path, shapes_folder, capsys):
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     identity = state["identity"] | {"script": "cmae.py"}
     torch.save(state | {"identity": identity}, other / "checkpoint.pt")
-    assert "script was cmae.py, now mae_perceptual.py" in refused("--out", other)
+    assert "is a run of cmae.py, not mae_perceptual.py" in refused("--out", other)
     content = (out / "checkpoint.pt").read_bytes()
     for broken in (content[:5000], b"?"):
         (other / "checkpoint.pt").write_bytes(broken)
