@@ -336,7 +336,6 @@ class ContrastiveCrop(nn.Module):
         super().__init__()
         self.size, self.scale, self.alpha, self.contrast = size, (min_crop, 1.0), alpha, contrast
         self.random_crop = common.RandomCrop(size, min_crop)
-        self.flip = v2.RandomHorizontalFlip()
         jitter = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8)
         self.change_colours = v2.Compose([jitter, v2.RandomGrayscale(0.2)])
         self.register_buffer("boxes", torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(count, 1))
@@ -358,8 +357,7 @@ class ContrastiveCrop(nn.Module):
         _, height, width = image.shape
         box = self.boxes[index]
         crop = sample_contrastive_crop(height, width, box, self.scale, alpha=self.alpha)
-        size = [self.size, self.size]
-        return self.flip(v2.functional.resized_crop(image, *crop, size, common.BICUBIC))
+        return self.random_crop.cut(image, *crop)
 
     def whole(self, image: Tensor, label, index: int) -> tuple:
         """The whole image (3, size, size), for `update`."""

@@ -335,13 +335,18 @@ class RandomCrop:
         self.crop = v2.RandomResizedCrop(size, scale=(min_crop, 1.0))
 
     def __call__(self, image: Tensor, label, index: int) -> tuple:
-        # Calling self.crop(image) and v2.RandomHorizontalFlip() gives the same, but dispatches over
-        # types of input, which takes longer than cropping a small image.
         box = self.crop.make_params([image])
-        image = v2.functional.resized_crop_image(image, *box.values(), self.size, BICUBIC)
+        return self.cut(image, *box.values()), label
+
+    def cut(self, image: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
+        """This crop, resized, and flipped with probability 1/2."""
+        # self.crop(image) and v2.RandomHorizontalFlip() would give the same, but they dispatch over
+        # types of input, which takes longer than cropping a small image.
+        box = top, left, height, width
+        image = v2.functional.resized_crop_image(image, *box, self.size, BICUBIC)
         if torch.rand(()) < 0.5:
             image = v2.functional.horizontal_flip_image(image)
-        return image, label
+        return image
 
 
 class CentreCrop:
