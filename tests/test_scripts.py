@@ -359,7 +359,7 @@ def test_compiled_runs_draw_save_and_resume(tmp_path, shapes_folder):
     ("mae", "loss", 3, "fp16"), ("msg-ada", "pix", 3, "bf16"),
     pytest.param("msg-ada", "pix", 3, "fp16", marks=pytest.mark.slow),
     ("mixed_ae", "recon", 2, "bf16"), ("cmae", "loss", 5, "fp16"),
-    ("supervised_mim", "loss", 6, "bf16"),
+    ("supervised_mim", "loss", 7, "bf16"),
 ])  # fmt: skip
 def test_half_precision_trains_and_resumes(
     method, term, limit, precision, tmp_path, shapes_folder
