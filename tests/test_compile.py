@@ -11,7 +11,7 @@ import common
 import eval_linear
 
 PLAIN = ["--no-homologous-attention", "--no-homologous-loss", "--no-segment"]
-RUNS = [("mae", []), ("ls", []), ("msg", []), ("msg-ada", []),
+RUNS = [("mae", []), ("ssim", []), ("ls", []), ("msg", []), ("msg-ada", []),
         ("mixed_ae", []), ("mixed_ae", PLAIN),
         ("cmae", ["--accumulate", "2"]), ("cmae", ["--contrastive-weight", "0"]),
         ("supervised_mim", []), ("supervised_mim", ["--target", "pixels"]),
