@@ -312,6 +312,13 @@ def test_modes_of_images(tmp_path):
             common.rgb(Image.fromarray(100 * ramp.astype(kind)))
 
 
+def test_tensors_of_one_three_and_four_channels():
+    pixels = torch.randint(0, 256, (4, 5, 6), dtype=torch.uint8)
+    assert torch.equal(common.rgb_tensor(pixels), pixels[:3])  # without alpha
+    assert torch.equal(common.rgb_tensor(pixels[:3]), pixels[:3])
+    assert torch.equal(common.rgb_tensor(pixels[:1]), pixels[:1].repeat(3, 1, 1))
+
+
 def test_folder_layouts(tmp_path, shapes_folder):
     train = common.load_dataset(str(shapes_folder), "train", 16)
     val = common.load_dataset(str(shapes_folder), "val", 16)
