@@ -1,10 +1,11 @@
 """Supervised MIM (Chen, Salz, Chang, Sohn, Krishnan and Seyedhosseini, 2023, arXiv 2312.00950).
 
-A ViT is trained to classify images. In every step, the same encoder also sees the images with half
-of their patches hidden, and a shallow decoder predicts the tokens of the hidden patches. A token is
-a code of a frozen VQ tokenizer. The decoder is dropped after training: inference costs the same. In
-contrast to MAE (arXiv 2111.06377), the method needs labels, and its targets are tokens instead of
-pixels. The paper reports 81.72 % top-1 for ViT-B/14 on ImageNet-1K, and 79.71 % without MIM.
+A ViT learns to classify images. In every step, the same encoder also sees the images with half of
+their patches masked, and a shallow decoder predicts one token for each masked patch. A token is the
+index of a code in the codebook of a VQ tokenizer, which stays frozen. MAE (arXiv 2111.06377) needs
+no labels and predicts pixels; this method needs labels and predicts tokens. After training, the
+decoder is dropped, so that inference costs as much as without masked image modelling (MIM). The
+paper reports 81.72 % top-1 for ViT-B/14 on ImageNet-1K, and 79.71 % without MIM.
 
 Usage
     python supervised_mim.py                                      # demo: 3 minutes on two CPU cores
@@ -20,52 +21,52 @@ Usage
         --tokenizer runs/supervised_mim-imagenet/tokenizer/tokenizer.pt      # fine-tuning with MIM
     python eval_linear.py runs/supervised_mim-demo --mode knn     # kNN with all images
 
-Fine-tuning. A summary of the paper says that the best result takes MIM in pre-training and in
-fine-tuning. --init-from loads the encoder from the encoder.pt of any of our scripts; head, decoder
-and optimiser start anew. A checkpoint.pt of this script also has a head and a decoder. They are
-loaded, too, and must fit: it takes the same classes, codes and --decoder-depth.
+The tokenizer. A run first trains its own tokenizer and finishes it even with --steps. Later runs in
+the same folder use it again, also with --restart; --train-tokenizer --restart trains a new one and
+stops. --tokenizer FILE uses a finished tokenizer with one token per patch and --codebook-size
+codes. A resumed run needs FILE again, as its checkpoint stores only the tokenizer's checksum.
 
-The tokenizer. A run first trains its own tokenizer, to the end even with --steps. --restart keeps a
-finished tokenizer; --train-tokenizer --restart replaces it and trains nothing else. --tokenizer
-FILE takes one that has a token for each patch and --codebook-size codes. The run's checkpoint holds
-only a checksum of the tokenizer, so FILE has to exist when the run is resumed.
+Fine-tuning. --init-from loads the encoder of any of our scripts from its encoder.pt; head and
+decoder start anew. A checkpoint.pt of this script also has a head and a decoder. They are loaded,
+too, so the number of classes, --codebook-size and --decoder-depth must be the same.
 
-Equations and functions. x: an image, cropped and flipped; x': x after RandAugment and mixup.
+Equations and functions. x is an image, cropped and flipped; x' is x after RandAugment and mixup.
     z(l)     = output of the tokenizer's encoder for x at patch l              VQTokenizer.features
     t(l)     = argmin over the codes e of |z(l) - e|^2, the token of patch l   VQTokenizer.quantize
-    L_vq     = mean |x - decoder(z + sg(e - z))| + 0.25 mean |z - sg(e)|^2,    VQTokenizer.forward
-               where sg stops the gradient
+    L_vq     = mean |x - decoder(z + sg(e - z))| + 0.25 mean |z - sg(e)|^2;    VQTokenizer.forward
+               e is the code of t, and sg stops the gradient
     e        = m / n; n and m are moving averages (decay 0.99) of the number   VQTokenizer.
-               and the sum of the z nearest to e. A code with less than a      update_codebook
-               tenth of the mean use restarts at one of the z
+               and the sum of the z whose nearest code is e. If n is below a     update_codebook
+               tenth of the mean number of z per code, e restarts at one z
     L_class  = CE(head(class token of encoder(x')), labels mixed like x');     SupervisedMIM.forward
-               with --pool mean, the mean of the patch tokens
-    L_token  = mean over the hidden patches l of CE(prediction(l), t(l)) with  mim_token_loss
+               with --pool mean, the mean of the patch tokens is classified
+    L_token  = mean over the masked patches l of CE(prediction(l), t(l)) with  mim_token_loss
                label smoothing 0.1; prediction = decoder(encoder(visible x))
     L        = L_class + 1.0 L_token                                           SupervisedMIM.forward
 
 Names in metrics.jsonl
     loss, class_loss, token_loss    L, L_class and L_token; pixel_loss with --target pixels
-    top1, token_acc                 % of training images (mixed ones count as their larger part) and
-                                    share of hidden patches that are predicted correctly
-    val_top1, best_top1             % of all validation images; the best so far
-    knn, retrieval_1nn              % of 1000 of them, always by the class token
-    of the tokenizer                loss is L_vq, recon and commitment its two means; psnr in dB,
-                                    perplexity and codes_used (a share) on 1000 images
+    top1                            training accuracy (%); mixed images count as their larger part
+    token_acc                       share of the masked patches whose token is predicted correctly
+    val_top1, best_top1             accuracy (%) on all validation images, and the best so far
+    knn, retrieval_1nn              % by 20-NN and 1-NN of the class token, on 1000 of them
+    in the folder tokenizer/        loss is L_vq, recon and commitment are its two means; psnr (dB),
+                                    perplexity and codes_used (a share) are of 1000 images
 
 What is not taken from the paper
-    a summary of the paper    class loss on the whole image and MIM loss on the masked one, in two
-                              passes; VQGAN's tokens; one decoder block; head on class token or mean
+    a summary of the paper    class loss on the whole image, MIM loss on the masked one; tokens of a
+                              VQGAN; one decoder block; --pool cls and mean; fine-tuning with MIM
     inferred                  1024 codes of width 256 and 16 x 16 tokens, as in MaskGIT and MAGE by
-                              two of the authors: ViT-B/14 has as many patches
-    other work                AugReg: recipe of "imagenet"; VQ-VAE: commitment, moving averages;
+                              two of the authors, because ViT-B/14 has 16 x 16 patches
+    from other papers         AugReg: the recipe of "imagenet"; VQ-VAE: commitment, moving averages;
                               MaskGIT: label smoothing; MAE: encoder, masking, decoder, pixels
-    our choice                ratio 0.5; weight 1; decoder width; x for MIM, as RandAugment moves
-                              pixels; head zero at first; the tokenizer; fine-tuning's recipe
+    our choice                mask ratio 0.5; loss weight 1; the decoder's width; x, not x', in the
+                              MIM loss; a head that starts at zero; how the tokenizer is built and
+                              trained; the fine-tuning recipe; the presets "demo" and "cifar"
 
-Deviations. The tokenizer has no adversarial or perceptual loss: its tokens are weaker targets than
-VQGAN's. Mixup draws one share for each micro-batch: the recipe depends on --accumulate and on the
-number of processes. torchvision's RandAugment is milder than TensorFlow's.
+Deviations. Without VQGAN's adversarial and perceptual losses, our tokens are probably weaker
+targets. Mixup draws one mixing ratio per micro-batch, so that results depend on processes x
+--accumulate. torchvision's RandAugment is milder than TensorFlow's.
 """
 
 import dataclasses
