@@ -89,24 +89,25 @@ import common
 
 @dataclass
 class Config(common.Config):
+    # The file of --tokenizer may have moved: a resumed run compares the tokenizer's checksum.
     may_change = (*common.Config.may_change, "tokenizer", "val_every")
 
-    mask_ratio: float = 0.5  # share of hidden patches in the masked pass
-    mim_weight: float = 1.0  # of the loss of the masked pass; 0 is the supervised baseline
-    target: Literal["tokens", "pixels"] = "tokens"  # pixels: MAE's, for comparison
+    mask_ratio: float = 0.5  # share of masked patches in the images of the MIM loss
+    mim_weight: float = 1.0  # weight of the MIM loss; 0 trains the supervised baseline
+    target: Literal["tokens", "pixels"] = "tokens"  # the decoder predicts tokens, or MAE's pixels
     token_smoothing: float = 0.1  # label smoothing of the token loss
-    decoder_depth: int = 1  # blocks of the decoder, as wide as the encoder
-    pool: Literal["cls", "mean"] = "cls"  # classify by the class token, or by the mean patch token
-    mixup: float = 0.5  # alpha of mixup, on the class branch; 0 is none
-    randaug: int = 15  # magnitude of RandAugment's two operations, up to 30; 0 is none
-    tokenizer: str | None = None  # a tokenizer.pt; it must exist to resume, too [one is trained]
-    train_tokenizer: bool = False  # train the tokenizer, and nothing else
-    tokenizer_epochs: int = 20  # length of its training
-    tokenizer_lr: float = 1e-3  # its peak learning rate; its batch is --batch-size, up to about 256
-    tokenizer_width: int = 64  # its channels at full resolution; up to four times as many below
-    codebook_size: int = 1024  # its codes, the classes of the masked pass; as in --tokenizer FILE
-    codebook_dim: int = 256  # width of a code
-    val_every: int = 1  # top-1 of the validation images every so many epochs; 0 is never
+    decoder_depth: int = 1  # number of decoder blocks; they are as wide as the encoder's
+    pool: Literal["cls", "mean"] = "cls"  # classify the class token, or the mean patch token
+    mixup: float = 0.5  # alpha of mixup, which changes only the class loss; 0 switches it off
+    randaug: int = 15  # magnitude of RandAugment's two operations, at most 30; 0 switches it off
+    tokenizer: str | None = None  # a finished tokenizer.pt [by default a run trains its own]
+    train_tokenizer: bool = False  # train only the tokenizer, then stop
+    tokenizer_epochs: int = 20  # length of the tokenizer's training
+    tokenizer_lr: float = 1e-3  # the tokenizer's peak learning rate; its batch is at most about 256
+    tokenizer_width: int = 64  # the tokenizer's channels at full resolution; lower ones have more
+    codebook_size: int = 1024  # number of codes; it must match that of --tokenizer FILE
+    codebook_dim: int = 256  # dimension of a code
+    val_every: int = 1  # validation top-1 every so many epochs and at the end; 0 is never
 
     def check(self) -> None:
         super().check()
@@ -118,22 +119,23 @@ class Config(common.Config):
         for name, most in (("token_smoothing", 1), ("randaug", 30)):
             if getattr(self, name) > most:
                 raise common.UserError(f"--{name.replace('_', '-')} must be at most {most}")
-        if self.tokenizer and (self.train_tokenizer or not self.takes_tokens):
-            raise common.UserError("--tokenizer is of no use with --train-tokenizer, --target "
-                                   "pixels or --mim-weight 0")  # fmt: skip
+        if self.tokenizer and not self.needs_tokenizer:
+            raise common.UserError("--tokenizer cannot be combined with --train-tokenizer, "
+                                   "--target pixels or --mim-weight 0")  # fmt: skip
 
     @property
-    def takes_tokens(self) -> bool:
+    def needs_tokenizer(self) -> bool:
+        """True if the run predicts tokens, which are those of a frozen tokenizer."""
         return self.mim_weight > 0 and self.target == "tokens" and not self.train_tokenizer
 
 
 PRESETS = {
-    "demo": dict(  # ours, for two cores and two minutes
+    "demo": dict(  # our choice: about three minutes on two CPU cores
         data="shapes", img_size=32, patch_size=8, size="tiny", depth=2, min_crop=0.5,
         epochs=3, batch_size=64, lr=1e-3, warmup_epochs=0.3, mixup=0, randaug=0,
         tokenizer_epochs=1, tokenizer_width=16, codebook_size=256, codebook_dim=64, knn_every=1,
     ),
-    "cifar": dict(  # ours; the README's short runs, at batch 64: the baseline's best is 3e-4
+    "cifar": dict(  # our choice
         data="cifar10", img_size=32, patch_size=4, size="tiny", min_crop=0.4,
         epochs=200, batch_size=256, lr=1e-3, warmup_epochs=10, clip_grad=1.0, weight_decay=0.05,
         tokenizer_epochs=20, tokenizer_width=32, knn_every=1,
@@ -141,7 +143,7 @@ PRESETS = {
     "imagenet": dict(  # AugReg's recipe (Steiner et al. 2021) for training from scratch
         data=None, img_size=224, patch_size=14, size="base", mask_ratio=0.5, min_crop=0.05,
         epochs=300, batch_size=4096, lr=1e-3, warmup_epochs=10_000 / 312,  # 10 000 steps
-        clip_grad=1.0, weight_decay=0.1,  # torch multiplies it by the lr: big_vision's 1e-4
+        clip_grad=1.0, weight_decay=0.1,  # torch multiplies it by lr, which is big_vision's 1e-4
         mixup=0.5, randaug=15, mim_weight=1.0, decoder_depth=1,
         codebook_size=1024, codebook_dim=256, val_every=5, knn_every=5,
     ),
@@ -151,20 +153,24 @@ PRESETS = {
 
 
 def mim_token_loss(logits: Tensor, ids: Tensor, mask: Tensor, smoothing: float = 0.1) -> Tensor:
-    """Cross-entropy, mean over the hidden patches, in fp32. logits (B, L, K); ids (B, L) in 0..K-1;
-    mask (B, L), True = hidden. The target is 1 - smoothing at the token, and `smoothing` is spread
-    evenly over all K."""
-    target = ids.masked_fill(~mask, -100)  # cross_entropy ignores these
+    """L_token: the cross-entropy of the predicted tokens, averaged over the masked patches of all
+    images, in fp32. logits (B, L, K); ids (B, L), tokens in 0..K-1; mask (B, L), True = masked.
+
+    The target probability of the true token is 1 - smoothing + smoothing / K, that of every other
+    token smoothing / K."""
+    target = ids.masked_fill(~mask, -100)  # -100 marks visible patches; they have no loss
     return F.cross_entropy(
         logits.float().flatten(0, 1), target.flatten(), ignore_index=-100, label_smoothing=smoothing
     )
 
 
 class SupervisedMIM(nn.Module):
-    """A classifier, which is `encoder` and `head`, and beside it a `decoder` that predicts the
-    hidden patches of masked images: their "tokens" (the decoder has an output for each code) or
-    their "pixels", as `target` says. Without a decoder this is the supervised baseline. The head
-    takes the class token ("cls") or the mean of the patch tokens ("mean"), as `pool` says."""
+    """A classifier (`encoder` and `head`) with a decoder for the MIM loss. Without a decoder, it is
+    the supervised baseline.
+
+    With target="tokens" the decoder has K outputs per patch, one for each code; with "pixels" it
+    has p*p*C, as in MAE. With pool="cls" the head takes the class token, with "mean" the mean of
+    the patch tokens. `smoothing` is the label smoothing of the token loss."""
 
     def __init__(self, encoder: common.ViT, head: nn.Linear, decoder: common.Decoder | None = None,
                  mask_ratio: float = 0.5, mim_weight: float = 1.0, target: str = "tokens",
@@ -180,33 +186,41 @@ class SupervisedMIM(nn.Module):
         return self.head(tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(dim=1))
 
     def predict(self, imgs: Tensor) -> tuple[Tensor, Tensor]:
-        """imgs (B, C, H, W) -> outputs of the decoder (B, L, K) and mask (B, L), True = hidden."""
-        shape = len(imgs), self.encoder.num_patches
-        visible, mask = common.random_masking(*shape, self.mask_ratio, imgs.device)
-        return self.decoder(self.encoder(imgs, visible), visible), mask
+        """Masks the images at random and predicts all of their patches. imgs (B, C, H, W) ->
+        outputs of the decoder (B, L, K) or (B, L, p*p*C), and mask (B, L), True = masked."""
+        visible, mask = common.random_masking(
+            len(imgs), self.encoder.num_patches, self.mask_ratio, imgs.device
+        )
+        tokens = self.encoder(imgs, visible)  # (B, 1+keep, D)
+        return self.decoder(tokens, visible), mask
 
     def forward(self, imgs: Tensor, labels: Tensor, token_ids: Tensor | None = None,
-                clean: Tensor | None = None):
-        """The loss, and stats without gradient: class_loss, top1; token_loss and token_acc, or
-        pixel_loss. imgs (B, C, H, W); labels (B,), or (B, classes) of mixed images; `clean`: the
-        images of the masked pass, by default imgs; token_ids (B, L): their tokens."""
+                clean: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """L = L_class + mim_weight * L_token, and the values for the log, without gradient:
+        class_loss and top1 (%); with a decoder also token_loss and token_acc, or pixel_loss.
+
+        imgs (B, C, H, W) are classified. labels are (B,), or (B, classes) if images were mixed.
+        `clean` (B, C, H, W) are the images that are masked, by default imgs. token_ids (B, L) are
+        the tokens of `clean`; they are needed with target="tokens"."""
         logits = self.classify(imgs)
-        loss = F.cross_entropy(logits.float(), labels)
+        class_loss = F.cross_entropy(logits.float(), labels)
         classes = labels if labels.ndim == 1 else labels.argmax(dim=1)
-        hits = (logits.argmax(dim=1) == classes).float()
-        stats = dict(class_loss=loss, top1=100 * hits.mean())
+        correct = logits.argmax(dim=1) == classes
+        stats = {"class_loss": class_loss, "top1": 100 * correct.float().mean()}
+        loss = class_loss
         if self.decoder is not None:
             clean = imgs if clean is None else clean
             pred, mask = self.predict(clean)
             if self.target == "tokens":
-                mim = mim_token_loss(pred, token_ids, mask, self.smoothing)
-                hits = (pred.argmax(dim=2) == token_ids) & mask
-                stats.update(token_loss=mim, token_acc=hits.sum() / mask.sum())
+                mim_loss = mim_token_loss(pred, token_ids, mask, self.smoothing)
+                correct = (pred.argmax(dim=2) == token_ids) & mask
+                stats["token_loss"] = mim_loss
+                stats["token_acc"] = correct.sum() / mask.sum()
             else:
                 patches = common.patchify(clean, self.encoder.patch_size)
-                mim = common.masked_mse(pred, patches, mask)
-                stats.update(pixel_loss=mim)
-            loss = loss + self.mim_weight * mim
+                mim_loss = common.masked_mse(pred, patches, mask)
+                stats["pixel_loss"] = mim_loss
+            loss = class_loss + self.mim_weight * mim_loss
         return loss, {name: x.detach() for name, x in stats.items()}
 
 
@@ -214,84 +228,105 @@ class SupervisedMIM(nn.Module):
 
 
 class ResBlock(nn.Module):
+    """Residual block of two 3 x 3 convolutions, (B, in_dim, H, W) -> (B, out_dim, H, W)."""
+
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__()
         self.skip = nn.Conv2d(in_dim, out_dim, 1) if in_dim != out_dim else nn.Identity()
-        self.branch = nn.Sequential(*convolve(in_dim, out_dim, 3), *convolve(out_dim, out_dim, 3))
+        self.branch = nn.Sequential(
+            *norm_silu_conv(in_dim, out_dim, 3), *norm_silu_conv(out_dim, out_dim, 3)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.skip(x) + self.branch(x)
 
 
-def convolve(in_dim: int, out_dim: int, kernel: int) -> tuple[nn.Module, ...]:
-    # 16 channels in a group: alone, a channel would lose its mean, and images their colours.
-    norm = nn.GroupNorm(math.gcd(in_dim, max(1, in_dim // 16)), in_dim)
-    return norm, nn.SiLU(), nn.Conv2d(in_dim, out_dim, kernel, padding=kernel // 2)
+def norm_silu_conv(in_dim: int, out_dim: int, kernel: int) -> list[nn.Module]:
+    """GroupNorm, SiLU and a convolution with a kernel x kernel window (an odd number)."""
+    # A group has at least 16 channels, if there are so many. If each channel were normalised alone,
+    # its mean would be lost, and with it the colours of the image.
+    groups = math.gcd(in_dim, max(1, in_dim // 16))
+    conv = nn.Conv2d(in_dim, out_dim, kernel, padding=kernel // 2)
+    return [nn.GroupNorm(groups, in_dim), nn.SiLU(), conv]
 
 
 class VQTokenizer(nn.Module):
-    """Convolutional VQ-VAE with one token for each stride x stride pixels, row by row. Normalised
-    images (B, C, H, W) of any size are resized to `img_size`, an int or (H, W), which is a multiple
-    of `stride`, a power of two. In training, call `update_codebook` once a step, after the forward
-    passes: otherwise the codebook stays random, and memory fills with the vectors of each pass."""
+    """Convolutional VQ-VAE (van den Oord et al. 2017) with one token for each square of
+    stride x stride pixels, row by row.
+
+    Its methods take normalised images (B, C, H, W) of any size and resize them to `img_size`, an
+    int or (H, W). img_size must be a multiple of `stride`, and `stride` a power of two; otherwise
+    UserError. `dim` is the dimension of a code, `width` the number of channels at full resolution.
+
+    In training, call `update_codebook` once per step, after the forward passes. Without it, the
+    codebook stays random, and the vectors that each pass stores fill the memory."""
 
     def __init__(self, img_size=256, stride: int = 16, codebook_size: int = 1024, dim: int = 256,
                  width: int = 64, in_chans: int = 3, commitment: float = 0.25,
                  decay: float = 0.99):
         super().__init__()
-        self.settings = dict(  # all that it takes to build this tokenizer again
+        self.settings = dict(  # the arguments that build this tokenizer again
             img_size=img_size, stride=stride, codebook_size=codebook_size, dim=dim, width=width,
             in_chans=in_chans, commitment=commitment, decay=decay,
         )  # fmt: skip
-        levels = stride.bit_length() - 1
-        if stride != 1 << levels:
-            raise common.UserError(f"the stride of a tokenizer is a power of two, not {stride}")
-        self.grid = h, w = common.patch_grid(img_size, stride)
-        self.img_size, self.commitment, self.decay = (h * stride, w * stride), commitment, decay
-        widths = [width * min(1 << level, 4) for level in range(levels + 1)]
-        down, up = [nn.Conv2d(in_chans, width, 3, padding=1)], []
+        levels = stride.bit_length() - 1  # how often the resolution is halved
+        if stride != 2**levels:
+            raise common.UserError(f"a tokenizer's stride must be a power of two, not {stride}")
+        h, w = common.patch_grid(img_size, stride)
+        self.grid, self.img_size = (h, w), (h * stride, w * stride)
+        self.commitment, self.decay = commitment, decay
+
+        widths = [width * min(2**level, 4) for level in range(levels + 1)]  # at each resolution
+        down = [nn.Conv2d(in_chans, width, 3, padding=1)]
+        up = []
         for fine, coarse in itertools.pairwise(widths):
             down += [nn.AvgPool2d(2), ResBlock(fine, coarse)]
+            # The decoder starts at the coarsest level, so a coarser one is put before the others.
             up = [nn.Upsample(scale_factor=2), ResBlock(coarse, fine), *up]
+        coarsest = widths[-1]
         self.encoder = nn.Sequential(
-            *down, ResBlock(widths[-1], widths[-1]), *convolve(widths[-1], dim, 1)
+            *down, ResBlock(coarsest, coarsest), *norm_silu_conv(coarsest, dim, 1)
         )
         self.decoder = nn.Sequential(
-            nn.Conv2d(dim, widths[-1], 1), ResBlock(widths[-1], widths[-1]), *up,
-            *convolve(width, in_chans, 3),
+            nn.Conv2d(dim, coarsest, 1), ResBlock(coarsest, coarsest), *up,
+            *norm_silu_conv(width, in_chans, 3),
         )  # fmt: skip
+
         self.register_buffer("codebook", torch.randn(codebook_size, dim))
-        self.register_buffer("usage", torch.zeros(codebook_size))  # vectors of a batch at each code
-        self.register_buffer("sums", torch.zeros(codebook_size, dim))  # of these vectors
+        # The moving averages n and m: for each code, the number and the sum of its vectors.
+        self.register_buffer("usage", torch.zeros(codebook_size))
+        self.register_buffer("sums", torch.zeros(codebook_size, dim))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
-        self.seen = []  # vectors and ids since the last update
-        self.to(memory_format=torch.channels_last)  # a sixth faster on a CPU
+        self.seen = []  # (vectors, ids) of each forward pass since the last update
+        self.to(memory_format=torch.channels_last)  # faster on a CPU
 
     def get_extra_state(self) -> dict:
+        """What state_dict stores beside the weights; see `read_tokenizer`."""
         return self.settings
 
     def set_extra_state(self, settings: dict) -> None:
-        """They are for whoever builds a tokenizer to load the rest into."""
+        """Does nothing: `read_tokenizer` builds the tokenizer from the settings beforehand."""
 
     def features(self, imgs: Tensor) -> Tensor:
-        """imgs (B, C, H, W) -> vectors (B, L, dim) before quantisation, fp32."""
+        """z: imgs (B, C, H, W) -> vectors (B, L, dim) before quantisation, in fp32."""
         return self.encoder(self.resized(imgs)).float().flatten(2).transpose(1, 2)
 
     def resized(self, imgs: Tensor) -> Tensor:
+        """imgs (B, C, H, W) -> (B, C, *img_size), bicubic."""
         if tuple(imgs.shape[2:]) == self.img_size:
             return imgs
         return F.interpolate(imgs, self.img_size, mode="bicubic", antialias=True)
 
     @torch.no_grad()
     def quantize(self, z: Tensor) -> Tensor:
-        """z (B, L, dim) -> ids (B, L) int64 of the nearest codes, without autocast."""
+        """The tokens t: z (B, L, dim) in fp32 -> ids (B, L) int64 of the nearest codes."""
         with torch.autocast(z.device.type, enabled=False):
-            distance = self.codebook.square().sum(dim=1) - 2 * z @ self.codebook.T  # minus |z|^2
+            # |z - e|^2 without the term |z|^2, which is the same for all codes e.
+            distance = self.codebook.square().sum(dim=1) - 2 * z @ self.codebook.T
         return distance.argmin(dim=2)
 
     def encode(self, imgs: Tensor) -> Tensor:
-        """imgs (B, C, H, W) -> ids (B, L) int64. Autocast in bf16 changes about one token in a
-        hundred, as noise of one grey level does."""
+        """imgs (B, C, H, W) -> ids (B, L) int64. Under bf16 autocast a few tokens differ."""
         return self.quantize(self.features(imgs))
 
     def decode(self, ids: Tensor) -> Tensor:
@@ -299,16 +334,20 @@ class VQTokenizer(nn.Module):
         return self.to_pixels(F.embedding(ids, self.codebook))
 
     def to_pixels(self, codes: Tensor) -> Tensor:
+        """codes (B, L, dim) -> imgs (B, C, *img_size)."""
         return self.decoder(codes.transpose(1, 2).unflatten(2, self.grid))
 
     def forward(self, imgs: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """imgs (B, C, H, W) -> reconstruction (B, C, *img_size), ids (B, L) and losses: `recon` is
-        the mean absolute error of normalised pixels, `loss` is recon + weight * `commitment`."""
+        """imgs (B, C, H, W) -> reconstruction (B, C, *img_size), ids (B, L) and the terms of L_vq:
+        `recon`, the mean absolute error of the normalised pixels; `commitment`, the mean of
+        |z - sg(e)|^2; and `loss` = recon + 0.25 commitment, where 0.25 is self.commitment."""
         z = self.features(imgs)
         ids = self.quantize(z)
         codes = F.embedding(ids, self.codebook)
-        pred = self.to_pixels(z + (codes - z).detach())  # straight through: as if z were the code
-        recon, commitment = F.l1_loss(pred.float(), self.resized(imgs)), F.mse_loss(z, codes)
+        # Straight-through estimator: the value is that of the codes, and the gradient goes to z.
+        pred = self.to_pixels(z + (codes - z).detach())
+        recon = F.l1_loss(pred.float(), self.resized(imgs))
+        commitment = F.mse_loss(z, codes)
         if self.training:
             self.seen.append((z.detach().flatten(0, 1), ids.flatten()))
         loss = recon + self.commitment * commitment
@@ -316,8 +355,9 @@ class VQTokenizer(nn.Module):
 
     @torch.no_grad()
     def update_codebook(self) -> None:
-        """Moves the codes towards the mean of the vectors nearest to them, in all micro-batches of
-        all processes. Codes that are hardly used restart at one of the vectors."""
+        """e = m / n: moves each code towards the mean of the vectors z whose nearest code it is.
+        The vectors of all micro-batches and processes count. A code that is hardly used restarts at
+        one of the vectors."""
         z = torch.cat([vectors for vectors, _ in self.seen])
         ids = torch.cat([ids for _, ids in self.seen])
         self.seen.clear()
@@ -328,11 +368,11 @@ class VQTokenizer(nn.Module):
             dist.all_reduce(total)
         self.usage.lerp_(count, 1 - self.decay)
         self.sums.lerp_(total, 1 - self.decay)
-        even = count.sum() / len(count)  # the mean use of a code
-        dead = self.usage < 0.1 * even  # in the first step, nearly all of them
+        even = count.sum() / len(count)  # the mean number of vectors per code in this step
+        dead = self.usage < 0.1 * even  # the codes that restart; in the first step nearly all
         if dead.any():
             rows, needed = common.gather(z).flatten(0, 1), int(dead.sum())
-            # The same rows in every process; more than once if there are too few.
+            # Every process draws the same rows. If there are too few, some are drawn repeatedly.
             generator = common.seeded("restart", int(self.updates))
             order = torch.randperm(max(needed, len(rows)), generator=generator)[:needed]
             self.usage[dead] = even
@@ -342,13 +382,18 @@ class VQTokenizer(nn.Module):
 
 
 def psnr(imgs: Tensor, others: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio (B,) in dB of normalised images, as RGB in 0..1, clipped."""
+    """Peak signal-to-noise ratio (B,) in dB between normalised images (B, 3, H, W), after both are
+    converted to RGB in 0..1 and clipped; at most 100 dB."""
     error = (common.denormalize(imgs) - common.denormalize(others)).square().mean(dim=(1, 2, 3))
     return -10 * error.clamp(min=1e-10).log10()
 
 
-def perplexity(ids: Tensor, codebook_size: int) -> tuple[float, float]:
-    """exp(entropy) of how often codes occur in ids, and the share of the codes that occur."""
+def codebook_use(ids: Tensor, codebook_size: int) -> tuple[float, float]:
+    """How evenly the tokens `ids` (any shape) use the codebook: the perplexity, which is
+    exp(entropy of the codes' frequencies), and the share of the codes that occur.
+
+    The perplexity is 1 if all tokens are the same, and codebook_size if all codes are equally
+    frequent."""
     p = torch.bincount(ids.flatten(), minlength=codebook_size).double() / ids.numel()
     return torch.special.entr(p).sum().exp().item(), (p > 0).double().mean().item()
 
@@ -357,75 +402,85 @@ def perplexity(ids: Tensor, codebook_size: int) -> tuple[float, float]:
 
 
 def measure_tokenizer(run: common.Run, tokenizer: VQTokenizer, images) -> dict:
-    """psnr, perplexity and codes_used of 1000 images."""
+    """Mean psnr (dB), perplexity and codes_used (a share) of at most 1000 images."""
 
-    def measure(imgs: Tensor) -> Tensor:  # (B, 1+L): psnr, and then the ids as numbers
-        recon, ids, _ = tokenizer(imgs)
-        return torch.cat([psnr(tokenizer.resized(imgs), recon)[:, None], ids], dim=1)
-
-    def in_parts(imgs: Tensor) -> Tensor:  # because large images need much memory
-        return torch.cat([measure(part) for part in imgs.split(32)])
+    def measure(imgs: Tensor) -> Tensor:
+        """imgs (B, 3, H, W) -> (B, 1+L): each image's PSNR and tokens in one tensor, because
+        `common.outputs` collects one."""
+        parts = []
+        for part in imgs.split(32):  # large images need much memory
+            recon, ids, _ = tokenizer(part)
+            quality = psnr(tokenizer.resized(part), recon)
+            parts.append(torch.cat([quality[:, None], ids], dim=1))
+        return torch.cat(parts)
 
     crop = common.CentreCrop(run.cfg.img_size)
-    numbers, _ = common.outputs(run, tokenizer, in_parts, images, crop, limit=1000)
-    even, used = perplexity(numbers[:, 1:].long(), len(tokenizer.codebook))
-    return dict(psnr=numbers[:, 0].mean().item(), perplexity=even, codes_used=used)
+    measured, _ = common.outputs(run, tokenizer, measure, images, crop, limit=1000)
+    quality, ids = measured[:, 0], measured[:, 1:].long()
+    perplexity, codes_used = codebook_use(ids, len(tokenizer.codebook))
+    return dict(psnr=quality.mean().item(), perplexity=perplexity, codes_used=codes_used)
 
 
 def build_tokenizer(cfg: Config) -> VQTokenizer:
-    """A tokenizer with one token for each patch. Its stride is the power of two nearest to the
-    patch size."""
+    """An untrained tokenizer with one token for each patch.
+
+    Its stride is the power of two nearest to the patch size on a logarithmic scale, and images are
+    resized accordingly: for 224 px and patches of 14 px, the stride is 16 and the size 256 px."""
     stride = 2 ** round(math.log2(cfg.patch_size))
     img_size = cfg.img_size // cfg.patch_size * stride
     return VQTokenizer(img_size, stride, cfg.codebook_size, cfg.codebook_dim, cfg.tokenizer_width)
 
 
-OWN_TOKENIZER = Path("tokenizer", "tokenizer.pt")  # in the folder of a run
+OWN_TOKENIZER = Path("tokenizer", "tokenizer.pt")  # relative to the folder of a run
 
 
 def get_tokenizer(run: common.Run, train, val) -> VQTokenizer:
     """The frozen tokenizer of a run: that of --tokenizer FILE, or the run's own, which is trained
-    now unless it is finished. Its checksum becomes a part of run.identity: a run cannot be resumed
-    with another one. UserError if the tokenizer does not fit the settings of the run."""
-    cfg, own = run.cfg, run.folder / OWN_TOKENIZER
+    now unless it is finished.
+
+    The tokenizer's checksum is added to run.identity, so that the run cannot be resumed with
+    another tokenizer. UserError if the tokenizer does not fit the settings of the run."""
+    cfg, own_file = run.cfg, run.folder / OWN_TOKENIZER
     if cfg.tokenizer:
         tokenizer = read_tokenizer(Path(cfg.tokenizer))
-        check_fit(tokenizer, cfg)
-    elif own.exists():
-        tokenizer = read_tokenizer(own)
-        check_settings(tokenizer, own, cfg)
+        check_given_tokenizer(tokenizer, cfg)
+    elif own_file.exists():
+        tokenizer = read_tokenizer(own_file)
+        check_own_tokenizer(tokenizer, own_file, cfg)
     elif run.resumes:  # a newly trained tokenizer would have another checksum
         raise common.UserError(
-            f"the run in {run.folder} has no tokenizer of its own: add the --tokenizer that it "
-            "began with, or use another --out or --restart"
+            f"the run in {run.folder} has no tokenizer of its own: add the --tokenizer FILE that "
+            "it was started with, or use another --out or --restart"
         )
     else:
         tokenizer = train_tokenizer(run, train, val)
     run.identity["checksum of the tokenizer"] = checksum(tokenizer)
     h, w = tokenizer.grid
-    run.print(f"tokenizer {cfg.tokenizer or own}: {cfg.codebook_size} codes, {h}x{w} tokens")
+    run.print(f"tokenizer {cfg.tokenizer or own_file}: {cfg.codebook_size} codes, "
+              f"{h}x{w} tokens per image")  # fmt: skip
     return tokenizer.to(run.device).eval().requires_grad_(False)
 
 
 def read_tokenizer(file: Path) -> VQTokenizer:
-    """The tokenizer that a tokenizer.pt holds. UserError if there is none."""
+    """Builds the tokenizer that is stored in a tokenizer.pt. UserError if the file holds none."""
     content = common.read_checkpoint(file)
     try:
         state = content["tokenizer"]
         tokenizer = VQTokenizer(**state["_extra_state"])
     except (KeyError, TypeError):
-        raise common.UserError(f"{file} holds no tokenizer; a tokenizer.pt does") from None
+        raise common.UserError(f"{file} holds no tokenizer: it must be a tokenizer.pt") from None
     common.load_strictly(tokenizer, state, file)
     return tokenizer
 
 
-def check_fit(tokenizer: VQTokenizer, cfg: Config) -> None:
-    """UserError unless --tokenizer FILE has one token for each patch and --codebook-size codes."""
+def check_given_tokenizer(tokenizer: VQTokenizer, cfg: Config) -> None:
+    """UserError unless the tokenizer of --tokenizer FILE has one token for each patch, and
+    --codebook-size codes."""
     h, w = tokenizer.grid
     rows, columns = common.patch_grid(cfg.img_size, cfg.patch_size)
     if (h, w) != (rows, columns):
         raise common.UserError(
-            f"{cfg.tokenizer} makes {h}x{w} tokens of an image, but --img-size {cfg.img_size} has "
+            f"{cfg.tokenizer} has {h}x{w} tokens per image, but --img-size {cfg.img_size} gives "
             f"{rows}x{columns} patches: --img-size {h * cfg.patch_size} would fit"
         )
     codes = len(tokenizer.codebook)
@@ -434,19 +489,22 @@ def check_fit(tokenizer: VQTokenizer, cfg: Config) -> None:
                                f"--codebook-size {codes} would fit")  # fmt: skip
 
 
-def check_settings(tokenizer: VQTokenizer, file: Path, cfg: Config) -> None:
-    """UserError unless the run's own tokenizer was trained with the settings of the run."""
-    wanted, differ = build_tokenizer(cfg).settings, []
+def check_own_tokenizer(tokenizer: VQTokenizer, file: Path, cfg: Config) -> None:
+    """UserError unless the run's own tokenizer, read from `file`, was built from the present
+    settings."""
+    present, changes = build_tokenizer(cfg).settings, []
     for name, value in tokenizer.settings.items():
-        if value != wanted[name]:
-            differ.append(f"{name} {value}, not {wanted[name]}")
-    if differ:
-        raise common.UserError(f"{file} was made otherwise: {', '.join(differ)}; use another "
-                               "--out, or --train-tokenizer --restart")  # fmt: skip
+        if value != present[name]:
+            changes.append(f"{name} was {value}, now {present[name]}")
+    if changes:
+        raise common.UserError(
+            f"{file} was trained with other settings: {', '.join(changes)}; use another --out, or "
+            "train a new one with --train-tokenizer --restart"
+        )
 
 
 def checksum(module: nn.Module) -> int:
-    """CRC-32 of all parameters and buffers."""
+    """CRC-32 of the bytes of all parameters and buffers."""
     crc = 0
     for x in (*module.parameters(), *module.buffers()):
         crc = zlib.crc32(x.detach().cpu().numpy().tobytes(), crc)
@@ -454,34 +512,40 @@ def checksum(module: nn.Module) -> int:
 
 
 def tokenizer_config(run: common.Run) -> Config:
-    """The settings with which the tokenizer of `run` is trained. None of them is the classifier's,
-    so that the flags of the classifier may change before the tokenizer is finished."""
-    cfg, parts = run.cfg, run.world * run.cfg.accumulate
+    """The settings with which the tokenizer of `run` is trained.
+
+    Flags that concern the classifier alone are left out, so that they may change before the
+    tokenizer is finished. The batch is that of `run`, but at most about 256 images, a number that
+    processes x --accumulate divides."""
+    cfg = run.cfg
+    micro_batches = run.world * cfg.accumulate  # in one step
+    largest_batch = micro_batches * max(1, 256 // micro_batches)
     same = ("data", "data_dir", "img_size", "patch_size", "min_crop", "accumulate", "workers",
             "device", "precision", "seed", "restart", "save_minutes", "tokenizer_width",
             "codebook_size", "codebook_dim")  # fmt: skip
     return Config(
         **{name: getattr(cfg, name) for name in same}, out=str(run.folder / OWN_TOKENIZER.parent),
         steps=cfg.steps if cfg.train_tokenizer else None, epochs=cfg.tokenizer_epochs,
-        batch_size=min(cfg.batch_size, parts * max(1, 256 // parts)), lr=cfg.tokenizer_lr,
+        batch_size=min(cfg.batch_size, largest_batch), lr=cfg.tokenizer_lr,
         clip_grad=1.0, weight_decay=1e-4, recon_every=5, knn_every=0,
     )  # fmt: skip
 
 
 def train_tokenizer(main_run: common.Run, train, val) -> VQTokenizer:
-    """Trains a tokenizer in the folder tokenizer/ of `main_run`, or goes on with one that is not
-    finished. At the end, tokenizer.pt is written."""
+    """Trains a tokenizer in the folder tokenizer/ of `main_run`, or resumes its training there.
+    When the training is finished, writes tokenizer.pt."""
     cfg, file = tokenizer_config(main_run), main_run.folder / OWN_TOKENIZER
     run = common.Run(cfg)
     if cfg.restart:
-        file.unlink(missing_ok=True)  # a run that is started now must not take the old one
+        file.unlink(missing_ok=True)  # if this training is stopped, no run may use the old file
     tokenizer = build_tokenizer(cfg).to(run.device)
     optimizer = common.adamw(tokenizer, cfg.weight_decay)
     loader = common.TrainLoader(run, train, common.RandomCrop(cfg.img_size, cfg.min_crop))
     examples = common.example_images(val or train, common.CentreCrop(cfg.img_size), run.device)
-    run.print(f"tokenizer, {cfg.epochs} epochs (--tokenizer FILE takes a finished one):")
+    picture = functools.partial(reconstruct_by_tokens, tokenizer, examples)
+    run.print(f"training a tokenizer, {cfg.epochs} epochs (--tokenizer FILE uses a finished one):")
     run.start(loader, model=tokenizer, optimizer=optimizer)
-    ddp = run.wrap(tokenizer, compile=False)  # its codebook changes at every step
+    ddp = run.wrap(tokenizer, compile=False)  # --compile concerns the classifier alone
     for _ in run.epochs():
         for micro_batches in run.steps():
             run.set_lr(optimizer)
@@ -493,71 +557,84 @@ def train_tokenizer(main_run: common.Run, train, val) -> VQTokenizer:
             run.update(optimizer)
             tokenizer.update_codebook()
         results = measure_tokenizer(run, tokenizer, val or train)
-        run.end_epoch(picture=lambda: decoded(tokenizer, examples), **results)
-    content = {"tokenizer": tokenizer.state_dict()}
+        run.end_epoch(picture=picture, **results)
     if run.step < run.total:
-        run.print("the tokenizer is not finished: without --steps its training goes on")
+        run.print("the tokenizer is not finished: the same command without --steps goes on")
     elif run.rank == 0:
-        common.write_atomically(file, lambda f: torch.save(content, f))
-        run.print(f"the tokenizer is in {file}")
+        content = {"tokenizer": tokenizer.state_dict()}
+        common.write_atomically(file, functools.partial(torch.save, content))
+        run.print(f"the tokenizer was saved to {file}")
     return tokenizer
 
 
 @torch.no_grad()
-def decoded(tokenizer: VQTokenizer, imgs: Tensor) -> dict[str, Tensor]:
-    """Rows of a picture, label -> (N, 3, H, W) normalised images."""
+def reconstruct_by_tokens(tokenizer: VQTokenizer, imgs: Tensor) -> dict[str, Tensor]:
+    """Rows of the tokenizer's picture, label -> (N, 3, H, W) normalised images."""
     tokens = tokenizer.encode(imgs)
-    return {"input": tokenizer.resized(imgs), "decoded tokens": tokenizer.decode(tokens)}
+    return {"input": tokenizer.resized(imgs), "tokens, decoded": tokenizer.decode(tokens)}
 
 
 # ------------------------------------------------------------------------------ training
 
 
 class Augment:
-    """Two views of a random crop: changed by RandAugment for the classifier, and unchanged for the
-    tokenizer and the masked pass. A magnitude of 0 changes nothing."""
+    """Two views of one random crop: after RandAugment for the classifier, and unchanged for the
+    tokenizer and the MIM loss, because RandAugment moves pixels from patch to patch. With a
+    magnitude of 0, both views are the crop."""
 
     def __init__(self, crop: common.RandomCrop, magnitude: int):
-        self.crop, self.change = crop, nn.Identity()
+        self.crop = crop
+        self.rand_augment = nn.Identity()
         if magnitude:
+            # The colour of the area that a shift or a rotation leaves empty.
             fill = [round(255 * x) for x in common.MEAN]
             bilinear = v2.InterpolationMode.BILINEAR
-            self.change = v2.RandAugment(2, magnitude, interpolation=bilinear, fill=fill)
+            self.rand_augment = v2.RandAugment(2, magnitude, interpolation=bilinear, fill=fill)
 
     def __call__(self, image: Tensor, label, index: int) -> tuple:
         crop, label = self.crop(image, label, index)
-        return self.change(crop), crop, label
+        return self.rand_augment(crop), crop, label
 
 
 def build_mixup(alpha: float, num_classes: int, micro_batch: int) -> nn.Module:
-    """From images and labels of a micro-batch to mixed images and the shares of the classes; with
-    `alpha` 0, images and labels stay as they are. UserError if there is nothing to mix with."""
+    """mixup(imgs, labels), which returns mixed images and their labels (B, num_classes), the share
+    of each class. With alpha = 0 it returns images and labels as they are.
+
+    UserError if a micro-batch has a single image, which cannot be mixed."""
     if not alpha:
         return v2.Identity()
     if micro_batch < 2:
-        raise common.UserError("mixup takes 2 images in a micro-batch: a larger --batch-size, "
-                               "or less --accumulate")  # fmt: skip
+        raise common.UserError("mixup needs at least 2 images in a micro-batch: use a larger "
+                               "--batch-size or a smaller --accumulate")  # fmt: skip
     return v2.MixUp(alpha=alpha, num_classes=num_classes)
 
 
 @torch.no_grad()
 def reconstruct(model: SupervisedMIM, tokenizer: VQTokenizer | None, imgs: Tensor) -> dict:
-    """Rows of the reconstruction picture, label -> (N, 3, H, W) normalised images."""
-    (pred, mask), p = model.predict(imgs), model.encoder.patch_size
+    """Rows of the reconstruction picture, label -> (N, 3, H, W) normalised images. Without a
+    tokenizer, the model predicts pixels."""
+    pred, mask = model.predict(imgs)
+    patch_size = model.encoder.patch_size
     if tokenizer is None:
-        return common.reconstruction_rows(imgs, pred, mask, p)
-    rows = common.reconstruction_rows(imgs, common.patchify(imgs, p), mask, p, normalized=False)
+        return common.reconstruction_rows(imgs, pred, mask, patch_size)
+
+    def decode(ids: Tensor) -> Tensor:
+        size = imgs.shape[2:]
+        return F.interpolate(tokenizer.decode(ids), size, mode="bilinear", antialias=True)
+
+    patches = common.patchify(imgs, patch_size).masked_fill(mask[:, :, None], 0)
     ids = tokenizer.encode(imgs)
-    tokens = {"its tokens, decoded: the best that can be had": ids,
-              "hidden tokens predicted, all decoded": torch.where(mask, pred.argmax(dim=2), ids)}
-    return {"input": imgs, "masked": rows["masked"]} | {
-        label: F.interpolate(tokenizer.decode(x), imgs.shape[2:], mode="bilinear", antialias=True)
-        for label, x in tokens.items()
-    }  # fmt: skip
+    predicted = torch.where(mask, pred.argmax(dim=2), ids)
+    return {
+        "input": imgs,
+        "masked": common.unpatchify(patches, patch_size, model.encoder.grid, imgs.shape[1]),
+        "true tokens, decoded: the best possible prediction": decode(ids),
+        "tokens of masked patches predicted, all tokens decoded": decode(predicted),
+    }
 
 
 def validate(run: common.Run, model: SupervisedMIM, val) -> dict[str, float]:
-    """val_top1, in % of all validation images, and best_top1, the best of the run so far."""
+    """val_top1, the accuracy (%) on all validation images, and best_top1, the best one so far."""
     crop = common.CentreCrop(run.cfg.img_size)
     scores, labels = common.outputs(run, model, model.classify, val, crop)
     top1 = common.accuracy(scores, labels)["top1"]
@@ -565,15 +642,20 @@ def validate(run: common.Run, model: SupervisedMIM, val) -> dict[str, float]:
 
 
 def best_so_far(run: common.Run) -> float:
-    """best_top1 of the epochs that are logged; -1 if none of them was validated."""
+    """The largest best_top1 in the log of the run; -1 if it has none."""
     return max((line.get("best_top1", -1.0) for line in run.history), default=-1.0)
 
 
 def save_classifier(run: common.Run, model: SupervisedMIM, classes: list[str],
                     results: dict[str, float]) -> None:
-    """Writes classifier.pt: encoder and head under timm's names, the numbers that rebuild the ViT,
-    timm's global_pool (in timm, "avg" needs fc_norm=False, too), and the names of the classes. If
-    `results`, those of `validate`, are the best so far, writes classifier.best.pt, too."""
+    """Writes classifier.pt, and also classifier.best.pt if `results`, which `validate` returned,
+    are the best so far. Without results, the best file stays.
+
+    A file holds encoder and head under timm's parameter names, the numbers that rebuild the ViT,
+    the global_pool of timm's model (for "avg", also pass fc_norm=False to timm), the names of the
+    classes and the settings."""
+    if run.rank > 0:
+        return
     head = {f"head.{name}": x for name, x in model.head.state_dict().items()}
     content = {"model": model.encoder.state_dict() | head, "vit": model.encoder.settings,
                "global_pool": "token" if model.pool == "cls" else "avg",
@@ -581,16 +663,20 @@ def save_classifier(run: common.Run, model: SupervisedMIM, classes: list[str],
     names = ["classifier.pt"]
     if results and results["val_top1"] > best_so_far(run):
         names.append("classifier.best.pt")
-    for name in names if run.rank == 0 else []:
-        common.write_atomically(run.folder / name, lambda file: torch.save(content, file))
+    for name in names:
+        common.write_atomically(run.folder / name, functools.partial(torch.save, content))
 
 
 def build(cfg: Config, num_classes: int) -> SupervisedMIM:
-    encoder, decoder = cfg.vit(), None
+    """A new model; with --mim-weight 0, it has no decoder. The head starts at zero, so that the
+    first class loss is log(num_classes)."""
+    encoder = cfg.vit()
     head = nn.Linear(encoder.embed_dim, num_classes)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
-    if cfg.mim_weight:  # last, so that encoder and head start as the baseline's do
+    decoder = None
+    if cfg.mim_weight:
+        # The decoder is built last, so that encoder and head start as those of the baseline.
         heads = encoder.settings["num_heads"]
         outputs = cfg.codebook_size if cfg.target == "tokens" else None
         decoder = common.Decoder(encoder, encoder.embed_dim, cfg.decoder_depth, heads, outputs)
@@ -602,9 +688,10 @@ def build(cfg: Config, num_classes: int) -> SupervisedMIM:
 
 @common.entry_point
 def main(cfg: Config, data=None) -> None:
-    """`data`: (training, validation) images with labels, torch Datasets; None loads cfg.data."""
+    """Trains the classifier, or only the tokenizer. `data` is a pair of torch Datasets with labels,
+    training and validation images; if it is None, cfg.data is loaded."""
     run = common.Run(cfg)
-    train, val = data or common.load_pair(cfg, "train")  # first: the head has a row for each class
+    train, val = data or common.load_pair(cfg, "train")
     if cfg.train_tokenizer:
         train_tokenizer(run, train, val)
         return
@@ -617,8 +704,8 @@ def main(cfg: Config, data=None) -> None:
     augment = Augment(common.RandomCrop(cfg.img_size, cfg.min_crop), cfg.randaug)
     loader = common.TrainLoader(run, train, augment)
     mixup = build_mixup(cfg.mixup, len(classes), loader.micro_batch)
-    # Training a tokenizer takes long: by now, mistakes in the flags have come out.
-    tokenizer = get_tokenizer(run, train, val) if cfg.takes_tokens else None
+    # This may train a tokenizer, which takes long. So it comes after all that checks the flags.
+    tokenizer = get_tokenizer(run, train, val) if cfg.needs_tokenizer else None
     examples = common.example_images(val, common.CentreCrop(cfg.img_size), run.device)
     picture = functools.partial(reconstruct, model, tokenizer, examples)
     run.start(loader, val, model=model, optimizer=optimizer)
@@ -629,6 +716,7 @@ def main(cfg: Config, data=None) -> None:
             for imgs, clean, labels in micro_batches:
                 with run.autocast():
                     token_ids = tokenizer.encode(clean) if tokenizer else None
+                    # Only the classifier's images are mixed: tokens of a mixture mean nothing.
                     imgs, targets = mixup(imgs, labels)
                     loss, stats = ddp(imgs, targets, token_ids, clean)
                 run.backward(loss)

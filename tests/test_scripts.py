@@ -528,7 +528,7 @@ MISTAKES = {
         (["--token-smoothing", "1.5"], "--token-smoothing must be at most 1"),
         (["--randaug", "31"], "--randaug must be at most 30"),
         (["--tokenizer", "absent.pt"], "absent.pt: No such file"),
-        (["--tokenizer", __file__, "--train-tokenizer"], "--tokenizer is of no use with --train"),
+        (["--tokenizer", __file__, "--train-tokenizer"], "--tokenizer cannot be combined with --t"),
         (["--tokenizer", __file__], "is truncated or not a checkpoint"),
         (["--codebook-size", "0"], "--codebook-size must be at least 1"),
         (["--tokenizer-lr", "0"], "--tokenizer-lr must be above 0"),
@@ -539,7 +539,7 @@ MISTAKES = {
         (["--batch-size", "10", "--accumulate", "3"], "divisible by 1 processes x --accumulate 3"),
         (["--batch-size", "20001"], "is more than the 20000 images"),
         (["--init-from", __file__], "is truncated or not a checkpoint"),
-        (["--batch-size", "4", "--accumulate", "4", "--mixup", "1"], "mixup takes 2 images"),
+        (["--batch-size", "4", "--accumulate", "4", "--mixup", "1"], "mixup needs at least 2"),
     ],
 }  # fmt: skip
 

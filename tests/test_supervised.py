@@ -230,9 +230,9 @@ def test_psnr_and_perplexity_equal_their_formulas():
     for i, value in enumerate(supervised_mim.psnr(imgs, others).tolist()):
         a, b = (common.denormalize(x[i]).double().numpy() for x in (imgs, others))
         assert value == pytest.approx(10 * math.log10(1 / ((a - b) ** 2).mean()), abs=1e-3)
-    even, used = supervised_mim.perplexity(torch.tensor([[0, 1, 2, 3], [0, 1, 2, 3]]), 8)
+    even, used = supervised_mim.codebook_use(torch.tensor([[0, 1, 2, 3], [0, 1, 2, 3]]), 8)
     assert even == pytest.approx(4) and used == 0.5
-    even, used = supervised_mim.perplexity(torch.tensor([0, 0, 0, 1]), 4)
+    even, used = supervised_mim.codebook_use(torch.tensor([0, 0, 0, 1]), 4)
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert even == pytest.approx(math.exp(entropy)) and used == 0.5
 
@@ -452,8 +452,8 @@ def test_augment_changes_one_of_two_equal_crops():
         assert after.dtype == before.dtype == torch.uint8
         changed += not torch.equal(after, before)
     assert changed > 12
-    assert (augment.change.num_ops, augment.change.magnitude) == (2, 15)
-    assert augment.change.num_magnitude_bins == 31
+    assert (augment.rand_augment.num_ops, augment.rand_augment.magnitude) == (2, 15)
+    assert augment.rand_augment.num_magnitude_bins == 31
 
 
 # ------------------------------------------------------------------------------ runs
@@ -495,7 +495,7 @@ def test_the_tokenizer_is_measured_on_the_validation_images(trained, shapes_fold
     imgs, _ = images_of(shapes_folder, "val")
     recon, ids, _ = tokenizer.eval()(imgs)
     assert last["psnr"] == pytest.approx(supervised_mim.psnr(imgs, recon).mean().item(), abs=1e-3)
-    expected = pytest.approx(supervised_mim.perplexity(ids, 16), abs=1e-4)
+    expected = pytest.approx(supervised_mim.codebook_use(ids, 16), abs=1e-4)
     assert (last["perplexity"], last["codes_used"]) == expected
 
 
@@ -614,7 +614,7 @@ def test_a_finished_tokenizer_is_taken_as_it_is(tmp_path, shapes_folder, capsys)
         assert load(tmp_path / "tokenizer" / "tokenizer.pt").updates == 8
     arguments = ["--data", shapes_folder, "--out", tmp_path, *TINY, *METHODS[METHOD].small]
     error = mistake(capsys, supervised_mim, *arguments, "--codebook-size", "17", "--restart")
-    assert "codebook_size 16, not 17; use another --out, or --train-tokenizer --restart" in error
+    assert "codebook_size was 16, now 17; use another --out, or train a new one" in error
     anew = ["--train-tokenizer", "--restart"]
     train(METHOD, tmp_path, shapes_folder, *anew, "--codebook-size", "17")
     file = tmp_path / "tokenizer" / "tokenizer.pt"
@@ -642,7 +642,8 @@ def test_a_run_is_resumed_only_with_the_tokenizer_that_it_began_with(
     expected = f"of another run: checksum of the tokenizer was {was}, now {now}; use another --out"
     assert expected in refused("--tokenizer", other)
     assert "given.pt: No such file" in refused("--tokenizer", given)
-    assert "add the --tokenizer that it began with" in refused()  # and it does not train one
+    # It does not train a tokenizer, either.
+    assert "add the --tokenizer FILE that it was started with" in refused()
     assert (run / "checkpoint.pt").read_bytes() == before and not (run / "tokenizer").exists()
     train(METHOD, run, shapes_folder, *flags, "--tokenizer", moved)
     torch.testing.assert_close(weights(run), weights(tmp_path / "whole"), rtol=0, atol=0)
@@ -780,7 +781,7 @@ def test_every_flag_reaches_its_part(tmp_path, shapes_folder, monkeypatch):
           "--randaug", "7", "--min-crop", "0.3")  # fmt: skip
     augment = loaders[0].augment
     assert augment.crop.crop.scale == (0.3, 1.0) and augment.crop.size == [16, 16]
-    assert augment.change.magnitude == 7
+    assert augment.rand_augment.magnitude == 7
 
 
 def test_the_picture_shows_hidden_patches_predicted_and_others_as_they_are(monkeypatch):
@@ -849,8 +850,8 @@ def test_a_tokenizer_of_another_grid_is_refused_with_sizes_that_fit(
     """The one at hand has a grid of 4 x 4."""
     flags = [*FLAGS, "--data", shapes_folder, "--out", tmp_path / "run", "--tokenizer"]
     error = mistake(capsys, supervised_mim, *flags, tokenizer, "--img-size", "32")
-    assert "makes 4x4 tokens of an image" in error
-    assert "has 8x8 patches: --img-size 16 would fit" in error
+    assert "has 4x4 tokens per image" in error
+    assert "gives 8x8 patches: --img-size 16 would fit" in error
     other = tmp_path / "other.pt"
     torch.save({"model": {}}, other)
     assert "holds no tokenizer" in mistake(capsys, supervised_mim, *flags, other)
