@@ -1,11 +1,11 @@
 """Supervised MIM (Chen, Salz, Chang, Sohn, Krishnan and Seyedhosseini, 2023, arXiv 2312.00950).
 
-A ViT learns to classify images. In every step, the same encoder also sees the images with half of
-their patches masked, and a shallow decoder predicts one token for each masked patch. A token is the
-index of a code in the codebook of a VQ tokenizer, which stays frozen. MAE (arXiv 2111.06377) needs
-no labels and predicts pixels; this method needs labels and predicts tokens. After training, the
-decoder is dropped, so that inference costs as much as without masked image modelling (MIM). The
-paper reports 81.72 % top-1 for ViT-B/14 on ImageNet-1K, and 79.71 % without MIM.
+A ViT learns to classify images. Masked image modelling (MIM) is added as a second task: in every
+step, the same encoder also sees the images with half of their patches masked, and a shallow decoder
+predicts the tokens of the masked patches. A token is the index of a code of a frozen VQ tokenizer.
+In contrast to MAE (arXiv 2111.06377), the method needs labels, and its targets are tokens instead
+of pixels. After training the decoder is dropped: inference costs the same as without MIM. The paper
+reports 81.72 % top-1 for ViT-B/14 on ImageNet-1K, and 79.71 % without MIM.
 
 Usage
     python supervised_mim.py                                      # demo: 3 minutes on two CPU cores
@@ -21,27 +21,27 @@ Usage
         --tokenizer runs/supervised_mim-imagenet/tokenizer/tokenizer.pt      # fine-tuning with MIM
     python eval_linear.py runs/supervised_mim-demo --mode knn     # kNN with all images
 
-The tokenizer. A run first trains its own tokenizer and finishes it even with --steps. Later runs in
-the same folder use it again, also with --restart; --train-tokenizer --restart trains a new one and
-stops. --tokenizer FILE uses a finished tokenizer with one token per patch and --codebook-size
-codes. A resumed run needs FILE again, as its checkpoint stores only the tokenizer's checksum.
+The tokenizer. A run first trains its own tokenizer, to the end even if --steps is set. --restart
+keeps a finished tokenizer; --train-tokenizer --restart trains a new one and nothing else.
+--tokenizer FILE uses a finished one, which must have one token per patch and --codebook-size codes.
+A resumed run needs FILE again, because its checkpoint stores only the tokenizer's checksum.
 
-Fine-tuning. --init-from loads the encoder of any of our scripts from its encoder.pt; head and
-decoder start anew. A checkpoint.pt of this script also has a head and a decoder. They are loaded,
-too, so the number of classes, --codebook-size and --decoder-depth must be the same.
+Fine-tuning. For the best result, use MIM here, too, according to a summary of the paper.
+--init-from loads the encoder from an encoder.pt of any of our scripts. From a checkpoint.pt of this
+script it also loads head and decoder: classes, --codebook-size and --decoder-depth must match.
 
 Equations and functions. x is an image, cropped and flipped; x' is x after RandAugment and mixup.
     z(l)     = output of the tokenizer's encoder for x at patch l              VQTokenizer.features
     t(l)     = argmin over the codes e of |z(l) - e|^2, the token of patch l   VQTokenizer.quantize
     L_vq     = mean |x - decoder(z + sg(e - z))| + 0.25 mean |z - sg(e)|^2;    VQTokenizer.forward
-               e is the code of t, and sg stops the gradient
+               e is the code t(l), decoder is the tokenizer's, sg stops gradients
     e        = m / n; n and m are moving averages (decay 0.99) of the number   VQTokenizer.
                and the sum of the z whose nearest code is e. If n is below a     update_codebook
-               tenth of the mean number of z per code, e restarts at one z
+               tenth of the mean number of z per code, e becomes a random z
     L_class  = CE(head(class token of encoder(x')), labels mixed like x');     SupervisedMIM.forward
                with --pool mean, the mean of the patch tokens is classified
     L_token  = mean over the masked patches l of CE(prediction(l), t(l)) with  mim_token_loss
-               label smoothing 0.1; prediction = decoder(encoder(visible x))
+               label smoothing 0.1; prediction = decoder(encoder(x, visible))
     L        = L_class + 1.0 L_token                                           SupervisedMIM.forward
 
 Names in metrics.jsonl
@@ -49,7 +49,7 @@ Names in metrics.jsonl
     top1                            training accuracy (%); mixed images count as their larger part
     token_acc                       share of the masked patches whose token is predicted correctly
     val_top1, best_top1             accuracy (%) on all validation images, and the best so far
-    knn, retrieval_1nn              % by 20-NN and 1-NN of the class token, on 1000 of them
+    knn, retrieval_1nn              the same by 20-NN and 1-NN of the class token, on 1000 of them
     in the folder tokenizer/        loss is L_vq, recon and commitment are its two means; psnr (dB),
                                     perplexity and codes_used (a share) are of 1000 images
 
@@ -57,7 +57,7 @@ What is not taken from the paper
     a summary of the paper    class loss on the whole image, MIM loss on the masked one; tokens of a
                               VQGAN; one decoder block; --pool cls and mean; fine-tuning with MIM
     inferred                  1024 codes of width 256 and 16 x 16 tokens, as in MaskGIT and MAGE by
-                              two of the authors, because ViT-B/14 has 16 x 16 patches
+                              two of the authors, because ViT-B/14 has 16 x 16 patches at 224 px
     from other papers         AugReg: the recipe of "imagenet"; VQ-VAE: commitment, moving averages;
                               MaskGIT: label smoothing; MAE: encoder, masking, decoder, pixels
     our choice                mask ratio 0.5; loss weight 1; the decoder's width; x, not x', in the
@@ -143,7 +143,7 @@ PRESETS = {
     "imagenet": dict(  # AugReg's recipe (Steiner et al. 2021) for training from scratch
         data=None, img_size=224, patch_size=14, size="base", mask_ratio=0.5, min_crop=0.05,
         epochs=300, batch_size=4096, lr=1e-3, warmup_epochs=10_000 / 312,  # 10 000 steps
-        clip_grad=1.0, weight_decay=0.1,  # torch multiplies it by lr, which is big_vision's 1e-4
+        clip_grad=1.0, weight_decay=0.1,  # torch multiplies it by lr: 1e-4, as in big_vision
         mixup=0.5, randaug=15, mim_weight=1.0, decoder_depth=1,
         codebook_size=1024, codebook_dim=256, val_every=5, knn_every=5,
     ),
@@ -242,7 +242,7 @@ class ResBlock(nn.Module):
 
 
 def norm_silu_conv(in_dim: int, out_dim: int, kernel: int) -> list[nn.Module]:
-    """GroupNorm, SiLU and a convolution with a kernel x kernel window (an odd number)."""
+    """GroupNorm, SiLU and a convolution of kernel x kernel pixels, where `kernel` is odd."""
     # A group has at least 16 channels, if there are so many. If each channel were normalised alone,
     # its mean would be lost, and with it the colours of the image.
     groups = math.gcd(in_dim, max(1, in_dim // 16))
@@ -254,9 +254,9 @@ class VQTokenizer(nn.Module):
     """Convolutional VQ-VAE (van den Oord et al. 2017) with one token for each square of
     stride x stride pixels, row by row.
 
-    Its methods take normalised images (B, C, H, W) of any size and resize them to `img_size`, an
-    int or (H, W). img_size must be a multiple of `stride`, and `stride` a power of two; otherwise
-    UserError. `dim` is the dimension of a code, `width` the number of channels at full resolution.
+    Images are normalised (B, C, H, W). They may have any size and are resized to `img_size`, an int
+    or (H, W). UserError unless img_size is a multiple of `stride` and `stride` is a power of two.
+    `dim` is the dimension of a code, `width` the number of channels at full resolution.
 
     In training, call `update_codebook` once per step, after the forward passes. Without it, the
     codebook stays random, and the vectors that each pass stores fill the memory."""
@@ -308,7 +308,7 @@ class VQTokenizer(nn.Module):
         """Does nothing: `read_tokenizer` builds the tokenizer from the settings beforehand."""
 
     def features(self, imgs: Tensor) -> Tensor:
-        """z: imgs (B, C, H, W) -> vectors (B, L, dim) before quantisation, in fp32."""
+        """imgs (B, C, H, W) -> z (B, L, dim), the vectors before quantisation, in fp32."""
         return self.encoder(self.resized(imgs)).float().flatten(2).transpose(1, 2)
 
     def resized(self, imgs: Tensor) -> Tensor:
@@ -319,14 +319,14 @@ class VQTokenizer(nn.Module):
 
     @torch.no_grad()
     def quantize(self, z: Tensor) -> Tensor:
-        """The tokens t: z (B, L, dim) in fp32 -> ids (B, L) int64 of the nearest codes."""
+        """The tokens t(l): z (B, L, dim) in fp32 -> ids (B, L) int64 of the nearest codes."""
         with torch.autocast(z.device.type, enabled=False):
             # |z - e|^2 without the term |z|^2, which is the same for all codes e.
             distance = self.codebook.square().sum(dim=1) - 2 * z @ self.codebook.T
         return distance.argmin(dim=2)
 
     def encode(self, imgs: Tensor) -> Tensor:
-        """imgs (B, C, H, W) -> ids (B, L) int64. Under bf16 autocast a few tokens differ."""
+        """imgs (B, C, H, W) -> ids (B, L) int64. In bf16 a few tokens differ from those in fp32."""
         return self.quantize(self.features(imgs))
 
     def decode(self, ids: Tensor) -> Tensor:
@@ -338,9 +338,9 @@ class VQTokenizer(nn.Module):
         return self.decoder(codes.transpose(1, 2).unflatten(2, self.grid))
 
     def forward(self, imgs: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """imgs (B, C, H, W) -> reconstruction (B, C, *img_size), ids (B, L) and the terms of L_vq:
+        """imgs (B, C, H, W) -> reconstruction (B, C, *img_size), ids (B, L) and three losses:
         `recon`, the mean absolute error of the normalised pixels; `commitment`, the mean of
-        |z - sg(e)|^2; and `loss` = recon + 0.25 commitment, where 0.25 is self.commitment."""
+        |z - sg(e)|^2; and `loss`, which is L_vq = recon + 0.25 commitment."""
         z = self.features(imgs)
         ids = self.quantize(z)
         codes = F.embedding(ids, self.codebook)
@@ -398,7 +398,7 @@ def codebook_use(ids: Tensor, codebook_size: int) -> tuple[float, float]:
     return torch.special.entr(p).sum().exp().item(), (p > 0).double().mean().item()
 
 
-# ------------------------------------------------------------------------------ training it
+# ------------------------------------------------------------------------------ its training
 
 
 def measure_tokenizer(run: common.Run, tokenizer: VQTokenizer, images) -> dict:
@@ -649,7 +649,7 @@ def best_so_far(run: common.Run) -> float:
 def save_classifier(run: common.Run, model: SupervisedMIM, classes: list[str],
                     results: dict[str, float]) -> None:
     """Writes classifier.pt, and also classifier.best.pt if `results`, which `validate` returned,
-    are the best so far. Without results, the best file stays.
+    are the best so far. `results` is empty after an epoch without validation.
 
     A file holds encoder and head under timm's parameter names, the numbers that rebuild the ViT,
     the global_pool of timm's model (for "avg", also pass fc_norm=False to timm), the names of the
