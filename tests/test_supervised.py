@@ -1,4 +1,5 @@
-"""Supervised MIM: tokenizer and losses against slow versions of their equations, then runs."""
+"""Supervised MIM: compares tokenizer and losses with slow versions of their equations, then tests
+whole runs."""
 
 import functools
 import json
@@ -31,7 +32,7 @@ FLAGS = [*TINY, *METHODS[METHOD].small]
 
 
 def tokenizer_of(channels=3, **options) -> VQTokenizer:
-    """4 x 4 tokens, 16 codes."""
+    """A tokenizer with random weights, 4 x 4 tokens per image and 16 codes."""
     torch.manual_seed(0)
     return VQTokenizer(16, 4, 16, dim=8, width=4, in_chans=channels, **options)
 
@@ -42,7 +43,7 @@ def model_of(target="tokens", channels=3, **options) -> SupervisedMIM:
     outputs = 16 if target == "tokens" else None
     decoder = common.Decoder(vit, 24, 1, 3, outputs)
     model = SupervisedMIM(vit, torch.nn.Linear(24, 5), decoder, target=target, **options)
-    with torch.no_grad():  # cls and biases that are not 0 would otherwise hide mistakes
+    with torch.no_grad():  # parameters that are still zero could hide mistakes
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))
     return model
@@ -53,7 +54,7 @@ def load(path) -> VQTokenizer:
 
 
 def images_of(folder, split: str) -> tuple[torch.Tensor, list[int]]:
-    """All images of a split, 16 px, normalised, and their labels."""
+    """All images of a split, normalised, 16 x 16 pixels, and their labels."""
     images = common.load_dataset(str(folder), split, 16)
     pairs = [images[i] for i in range(len(images))]
     pixels = torch.stack([common.rgb_tensor(image) for image, _ in pairs])
@@ -62,13 +63,14 @@ def images_of(folder, split: str) -> tuple[torch.Tensor, list[int]]:
 
 @pytest.fixture()
 def trained(whole):
-    """A whole run of three epochs, for reading only."""
+    """The folder of a whole run of three epochs; tests must not change it."""
     return whole(METHOD)
 
 
 @pytest.fixture(scope="module")
 def pooled(tmp_path_factory, shapes_folder) -> dict:
-    """pool -> a run whose classifier takes the class token or the mean token; for reading only."""
+    """pool -> the folder of a run whose classifier takes the class token or the mean of the patch
+    tokens; tests must not change it."""
     folders = {pool: tmp_path_factory.mktemp(pool) for pool in ("cls", "mean")}
     for pool, folder in folders.items():
         train(METHOD, folder, shapes_folder, "--pool", pool, "--mim-weight", "0", "--epochs", "3")
@@ -96,7 +98,7 @@ def test_shapes(size, stride, channels):
 
 def test_a_token_is_the_nearest_code():
     tokenizer, z = tokenizer_of(), torch.randn(3, 16, 8)
-    tokenizer.codebook.mul_(torch.rand(16, 1) * 3)  # norms matter
+    tokenizer.codebook.mul_(torch.rand(16, 1) * 3)  # codes of different norms
     ids = tokenizer.quantize(z)
     for b in range(3):
         for i in range(16):
@@ -107,8 +109,8 @@ def test_a_token_is_the_nearest_code():
 
 
 def test_tokens_are_in_the_order_of_the_patches():
-    """Of all patches, a change in that of the same index moves a feature most, on average; without
-    the residual branches, whose view is wider than these images."""
+    """A feature changes most, on average, when the patch of the same index changes. The residual
+    branches are switched off, because they see more than these small images."""
     tokenizer, imgs = tokenizer_of().eval(), torch.randn(64, 3, 16, 16)
     with torch.no_grad():
         for module in tokenizer.modules():
@@ -148,7 +150,7 @@ def test_losses_and_straight_through_gradients_equal_their_definitions():
     torch.testing.assert_close(losses["commitment"], commitment)
     torch.testing.assert_close(losses["loss"], l1 + 0.25 * commitment)
     losses["loss"].backward(inputs=[z])
-    through, = torch.autograd.grad(l1, codes)  # goes to z as if it were the code
+    through, = torch.autograd.grad(l1, codes)  # straight through: z gets this gradient
     expected = through + 0.25 * 2 * (z - codes).detach() / z.numel()
     torch.testing.assert_close(z.grad, expected, atol=1e-7, rtol=1e-4)
     assert not tokenizer.codebook.requires_grad
@@ -201,7 +203,7 @@ def test_dead_codes_restart_at_vectors_of_the_batch():
 
 @pytest.mark.parametrize("width", [8, 16, 32, 64, 128, 40])
 def test_no_channel_is_normalised_alone(width):
-    """Which would take its mean away, and images their colours."""
+    """Alone, a channel would lose its mean, and the image its colours."""
     norms = [m for m in VQTokenizer(16, 8, 32, dim=16, width=width).modules()
              if isinstance(m, torch.nn.GroupNorm)]  # fmt: skip
     assert len(norms) > 5
@@ -274,7 +276,7 @@ def test_processes_and_micro_batches_train_the_tokenizer_of_the_whole_batch(tmp_
 def test_token_loss_equals_a_loop_over_hidden_patches(dtype, smoothing):
     logits, ids = torch.randn(3, 6, 5).to(dtype).requires_grad_(), torch.randint(5, (3, 6))
     mask = common.random_masking(3, 6, 0.5)[1]
-    mask[0] = True  # counts may differ: the mean is over patches, not over images
+    mask[0] = True  # so the images have different numbers of masked patches
     terms = []
     for b in range(3):
         for i in range(6):
@@ -321,7 +323,7 @@ def test_forward_equals_two_passes_by_hand(target, mixed, pool, monkeypatch):
         assert stats["pixel_loss"].item() == pytest.approx(mim.item(), rel=1e-5)
     torch.testing.assert_close(loss, class_loss + 0.7 * mim)
     assert stats["class_loss"].item() == pytest.approx(class_loss.item(), rel=1e-5)
-    right = (logits.argmax(dim=1) == labels).float().mean()  # labels have the larger part
+    right = (logits.argmax(dim=1) == labels).float().mean()  # `labels`: those of the larger part
     assert stats["top1"].item() == pytest.approx(100 * right.item())
     assert not any(x.requires_grad for x in stats.values())
     torch.testing.assert_close(model(clean, labels, ids)[0], model(clean, labels, ids, clean)[0])
@@ -343,7 +345,7 @@ def test_gradients_reach_what_they_should():
     baseline.decoder = None
     class_only, _ = baseline(imgs, labels)
     both.backward()
-    assert stats["class_loss"] == class_only  # the masked pass does not touch the other one
+    assert stats["class_loss"] == class_only  # the masked pass does not change it
     with_mim = model.head.weight.grad.clone()
     model.zero_grad()
     F.cross_entropy(model.classify(imgs), labels).backward()
@@ -378,7 +380,7 @@ def test_one_batch_can_be_learnt_by_heart():
 
 
 def watch(monkeypatch) -> list:
-    """Collects what the model is given, by a frozen tokenizer in eval mode."""
+    """Collects the arguments of each forward pass, and asserts that the tokenizer is frozen."""
     calls, original, encode = [], SupervisedMIM.forward, VQTokenizer.encode
 
     def encode_in_eval_mode(tokenizer, imgs):
@@ -416,7 +418,7 @@ def test_tokens_are_those_of_the_pixels_before_mixup(
 def test_tokens_are_those_of_the_crop_before_randaugment(
     tokenizer, shapes_folder, monkeypatch, tmp_path
 ):
-    """Half of the crops are mirrored, and so is what the tokens are of."""
+    """About half of the crops are flipped; the tokens are those of the flipped crop."""
     calls = watch(monkeypatch)
     monkeypatch.setattr(v2, "RandAugment", lambda *args, **kwargs: v2.RandomInvert(p=1))
     flags = ["--steps", "4", "--tokenizer", tokenizer, "--randaug", "9", "--min-crop", "0.999"]
@@ -430,7 +432,7 @@ def test_tokens_are_those_of_the_crop_before_randaugment(
         for img in clean:
             whole, flipped = ((x - img).abs().mean(dim=(1, 2, 3)).min() for x in
                               (originals, originals.flip(3)))  # fmt: skip
-            assert min(whole, flipped) < 0.15  # the crop has up to all but one row or column
+            assert min(whole, flipped) < 0.15  # the crop lacks at most one row or column
             mirrored += int(flipped < whole)
     assert 10 < mirrored < 54
 
@@ -519,7 +521,7 @@ def test_timm_takes_the_classifier(pool, name, pooled):
 
 @pytest.mark.parametrize("pool", ["cls", "mean"])
 def test_validation_equals_a_loop(pool, pooled, shapes_folder):
-    """The last line's val_top1, of the exported encoder and head."""
+    """val_top1 in the last line of the log, computed again from the exported encoder and head."""
     content = torch.load(pooled[pool] / "classifier.pt", weights_only=True)
     assert content["global_pool"] == {"cls": "token", "mean": "avg"}[pool]
     state, hits = content["model"], 0
@@ -533,7 +535,7 @@ def test_validation_equals_a_loop(pool, pooled, shapes_folder):
 
 
 def test_without_mim_it_is_the_supervised_baseline_bit_for_bit(tmp_path, shapes_folder):
-    """Against a loop that knows no masks, tokens or decoders."""
+    """The comparison is a training loop without masks, tokens or a decoder."""
     flags = ["--epochs", "2", "--mixup", "0.5", "--clip-grad", "1", "--depth", "2"]
     train(METHOD, tmp_path, shapes_folder, *flags, "--mim-weight", "0")
     assert not (tmp_path / "tokenizer").exists() and not list(tmp_path.glob("recon_*"))
@@ -546,24 +548,24 @@ def test_without_mim_it_is_the_supervised_baseline_bit_for_bit(tmp_path, shapes_
     torch.nn.init.zeros_(head.weight)
     torch.nn.init.zeros_(head.bias)
     parameters = [p for m in (vit, head) for p in m.parameters() if p.requires_grad]
-    matrices = [p for p in parameters if p.ndim > 1]
-    vectors = [p for p in parameters if p.ndim == 1]
+    decayed = [p for p in parameters if p.ndim > 1]
+    not_decayed = [p for p in parameters if p.ndim == 1]
     optimizer = torch.optim.AdamW([
-        {"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": 0.05}, {"params": not_decayed, "weight_decay": 0.0},
     ], betas=(0.9, 0.999), fused=True)  # fmt: skip
     mixup, losses = v2.MixUp(alpha=0.5, num_classes=10), []
     for step in range(8):
         if step % 4 == 0:
             batches = loader.batches(step)
-        rate = common.warmup_cosine(step, 8, 0.3 * 4, 1e-3)
+        lr = common.warmup_cosine(step, 8, 0.3 * 4, 1e-3)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = lr
         imgs, labels = next(batches)
         torch.manual_seed(common.random_seed("model", 0, step, 0))
         imgs, labels = mixup(imgs, labels)
         loss = F.cross_entropy(head(vit(imgs)[:, 0]), labels)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(matrices + vectors, 1.0)
+        torch.nn.utils.clip_grad_norm_(decayed + not_decayed, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -577,7 +579,7 @@ def test_without_mim_it_is_the_supervised_baseline_bit_for_bit(tmp_path, shapes_
 
 
 def test_the_class_branch_of_the_first_step_is_the_baseline_s(tmp_path, shapes_folder, tokenizer):
-    """Same weights, images, mixup: beside it the masked pass changes nothing."""
+    """The masked pass changes neither the weights at the start nor the images or their mixup."""
     flags = ["--steps", "1", "--mixup", "0.5", "--randaug", "5"]
     train(METHOD, tmp_path / "mim", shapes_folder, *flags, "--tokenizer", tokenizer)
     train(METHOD, tmp_path / "baseline", shapes_folder, *flags, "--mim-weight", "0")
@@ -605,7 +607,7 @@ def test_the_checkpoint_keeps_only_the_checksum_of_the_tokenizer(trained):
 
 
 def test_a_finished_tokenizer_is_taken_as_it_is(tmp_path, shapes_folder, capsys):
-    """By other processes, batches and precisions, and by a run that starts over."""
+    """Also with another number of micro-batches, another batch or precision, or --restart."""
     train(METHOD, tmp_path, shapes_folder, "--train-tokenizer", "--steps", "5")
     assert not (tmp_path / "tokenizer" / "tokenizer.pt").exists()
     train(METHOD, tmp_path, shapes_folder, "--train-tokenizer")
@@ -668,7 +670,7 @@ def test_the_tokenizer_s_batch_can_be_divided(batch, accumulate, expected, tmp_p
 
 @pytest.mark.parametrize("every, validated", [(0, []), (2, [2, 4, 5])])
 def test_validation_and_knn_have_switches_of_their_own(every, validated, tmp_path, shapes_folder):
-    """Top-1 every so many epochs and at the end, kNN at the end of the third and the last."""
+    """val_top1 follows --val-every, kNN --knn-every; the last epoch has both, except after 0."""
     flags = ["--mim-weight", "0", "--epochs", "5", "--val-every", every, "--knn-every", "3"]
     train(METHOD, tmp_path, shapes_folder, *flags)
     lines = metrics(tmp_path)
@@ -683,7 +685,7 @@ def test_best_and_last(tmp_path, shapes_folder, monkeypatch):
     monkeypatch.setattr(common, "knn_monitor", lambda *args: {})
     monkeypatch.setattr(common, "accuracy", lambda *args: {"top1": next(scores)})
     flags = ["--epochs", "5", "--mim-weight", "0"]
-    for steps, every in ((8, 1), (12, 2), (16, 3)):  # a resumed run knows what was best
+    for steps, every in ((8, 1), (12, 2), (16, 3)):  # a resumed run knows the best value so far
         train(METHOD, tmp_path, shapes_folder, *flags, "--steps", steps, "--val-every", every)
         if steps == 8:
             best = weights(tmp_path)
@@ -708,10 +710,10 @@ def test_the_tokenizer_trains_in_half_precision():
 
 
 def test_compiled_it_computes_the_same(monkeypatch):
-    """Traced whole, forward and backward, but not translated to C++, which takes long."""
+    """Both passes are traced as one graph, but not compiled to C++, which takes long."""
     model, imgs = model_of(), torch.randn(4, 3, 16, 16)
     labels, ids = torch.arange(4), torch.randint(16, (4, 16))
-    masking = common.random_masking(4, 16, 0.5)  # compiled code draws other numbers
+    masking = common.random_masking(4, 16, 0.5)  # compiled code would draw other random numbers
     monkeypatch.setattr(common, "random_masking", lambda *args: masking)
     loss, stats = model(imgs, labels, ids)
     model.compile(backend="aot_eager", fullgraph=True)
@@ -728,7 +730,7 @@ def test_compiled_it_computes_the_same(monkeypatch):
 def test_fine_tuning_with_mim_starts_from_the_file(
     name, loaded, tmp_path, shapes_folder, trained, tokenizer, capsys, monkeypatch
 ):
-    """What the file lacks starts as in a new run of the same seed."""
+    """A module that the file lacks starts as in a new run of the same seed."""
     starts, run_start = [], common.Run.start
 
     def start(run, loader, val, model, optimizer):
@@ -749,7 +751,7 @@ def test_fine_tuning_with_mim_starts_from_the_file(
         if module == "encoder":
             assert torch.equal(x, file[key_of_module]), key
     for key in ("encoder.cls_token", "decoder.pred.weight", "head.weight"):
-        assert not torch.equal(before[key], new[key])  # they can be told apart
+        assert not torch.equal(before[key], new[key])  # so the test can tell them apart
     after, (line,) = weights(tmp_path / "tuned"), metrics(tmp_path / "tuned")
     assert line["step"] == 2 and weights(tmp_path / "tuned", "step") == 2
     assert line["loss"] == pytest.approx(line["class_loss"] + line["token_loss"], rel=1e-5)
@@ -847,7 +849,7 @@ def test_labels_are_needed_but_not_by_the_tokenizer(tmp_path, capsys):
 def test_a_tokenizer_of_another_grid_is_refused_with_sizes_that_fit(
     tmp_path, shapes_folder, tokenizer, capsys
 ):
-    """The one at hand has a grid of 4 x 4."""
+    """The fixture's tokenizer has 4 x 4 tokens per image."""
     flags = [*FLAGS, "--data", shapes_folder, "--out", tmp_path / "run", "--tokenizer"]
     error = mistake(capsys, supervised_mim, *flags, tokenizer, "--img-size", "32")
     assert "has 4x4 tokens per image" in error
@@ -861,7 +863,7 @@ def test_a_tokenizer_of_another_grid_is_refused_with_sizes_that_fit(
     assert "does not fit: " in mistake(capsys, supervised_mim, *flags, other)
     error = mistake(capsys, supervised_mim, *flags, tokenizer, "--codebook-size", "50")
     assert "tokenizer.pt has 16 codes, not 50: --codebook-size 16 would fit" in error
-    # Any width and size of its own serves if its grid is that of the patches.
+    # Its width and image size may differ from the settings if its grid is that of the patches.
     flags = ["--img-size", "32", "--patch-size", "8", "--tokenizer-width", "8", "--steps", "1"]
     train(METHOD, tmp_path / "fits", shapes_folder, *flags, "--tokenizer", tokenizer)
     assert metrics(tmp_path / "fits")[0]["token_loss"] > 0
