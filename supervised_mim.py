@@ -56,7 +56,7 @@ Names in metrics.jsonl
 What is not taken from the paper
     a summary of the paper    class loss on the whole image, MIM loss on the masked one; tokens of a
                               VQGAN; one decoder block; --pool cls and mean; fine-tuning with MIM
-    inferred                  1024 codes of width 256 and 16 x 16 tokens, as in MaskGIT and MAGE by
+    inferred                  1024 codes, dimension 256, 16 x 16 tokens, as in MaskGIT and MAGE by
                               two of the authors, because ViT-B/14 has 16 x 16 patches at 224 px
     from other papers         AugReg: the recipe of "imagenet"; VQ-VAE: commitment, moving averages;
                               MaskGIT: label smoothing; MAE: encoder, masking, decoder, pixels

@@ -670,7 +670,7 @@ def test_the_tokenizer_s_batch_can_be_divided(batch, accumulate, expected, tmp_p
 
 @pytest.mark.parametrize("every, validated", [(0, []), (2, [2, 4, 5])])
 def test_validation_and_knn_have_switches_of_their_own(every, validated, tmp_path, shapes_folder):
-    """val_top1 follows --val-every, kNN --knn-every; the last epoch has both, except after 0."""
+    """val_top1 follows --val-every, and kNN follows --knn-every; 0 means never."""
     flags = ["--mim-weight", "0", "--epochs", "5", "--val-every", every, "--knn-every", "3"]
     train(METHOD, tmp_path, shapes_folder, *flags)
     lines = metrics(tmp_path)
