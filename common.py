@@ -730,9 +730,9 @@ class TrainConfig:
         """Raise UserError for values that cannot work."""
         check_numbers(self, 1, "epochs", "steps", "batch_size", "accumulate")
         check_numbers(self, 0, "workers", "seed", "weight_decay", "warmup_epochs", "save_minutes")
-        check_numbers(self, 1e-30, "base_lr", "lr", "clip_grad")
-        if not 0 < self.min_crop <= 1:
-            raise UserError(f"--min-crop must be above 0 and at most 1, not {self.min_crop}")
+        check_numbers(self, 1e-30, "base_lr", "lr", "clip_grad", "min_crop")
+        if self.min_crop is not None and self.min_crop > 1:
+            raise UserError(f"--min-crop must be at most 1, not {self.min_crop}")
 
 
 @dataclass
@@ -867,6 +867,8 @@ def entry_point(main):
 
 SHAPES = ("disk", "ring", "square", "triangle", "star",
           "cross", "crescent", "bar", "heart", "corner")  # fmt: skip
+SHAPES_SPLITS = {split: dict(count=20000, seed=0) for split in ("pretrain", "train")}
+SHAPES_SPLITS["val"] = dict(count=4000, seed=1)
 
 
 def load_dataset(name: str, split: str, size: int, data_dir="data") -> Dataset | None:
@@ -875,8 +877,7 @@ def load_dataset(name: str, split: str, size: int, data_dir="data") -> Dataset |
     cifar100 or stl10, downloaded to `data_dir`; or a folder: one that holds train/ and val/ with
     one folder per class, or any tree of images, which then have no labels."""
     if name == "shapes":
-        count, seed = (4000, 1) if split == "val" else (20000, 0)
-        images = TensorDataset(*draw_shapes(count, size, seed))
+        images = TensorDataset(*draw_shapes(**SHAPES_SPLITS[split], size=size))
         images.classes = list(SHAPES)
         return images
     if name == "stl10":
@@ -928,11 +929,13 @@ def check_pair(data) -> None:
         raise UserError("a data set has no images; for no validation images, pass None")
 
 
-def download(kind: type, data_dir: str, **part) -> Dataset:
-    """One of torchvision's data sets. The first process downloads it, then all read it."""
+def download(kind: type, data_dir: str, folder: str | None = None, **part) -> Dataset:
+    """One of torchvision's data sets. The first process downloads it, then all read it. `folder`
+    is where a data set lies in `data_dir` that torchvision would download again each time."""
     try:
         if not dist.is_initialized() or dist.get_rank() == 0:
-            kind(data_dir, download=True, **part)
+            exists = folder is not None and Path(data_dir, folder).is_dir()
+            kind(data_dir, download=not exists, **part)
         if dist.is_initialized():
             dist.barrier()
         return kind(data_dir, **part)
@@ -1029,27 +1032,32 @@ def rgb_tensor(image) -> Tensor:
     return image.expand(3, -1, -1) if len(image) == 1 else image[:3]
 
 
-def draw_shapes(count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
+def draw_shapes(count: int, size: int, seed: int, masks: bool = False) -> tuple[Tensor, ...]:
     """Procedural images (count, 3, size, size) uint8 and classes (count,), indices into SHAPES.
 
-    One shape each, on a textured ground. Its place, size, tilt, colours and both textures are
-    random and independent of the class: only the outline tells it."""
+    Each image has one shape on a textured ground. Its place, size, tilt, colours and both textures
+    are random and independent of the class: only the outline shows the class. With `masks`, also
+    returns masks (count, size, size) uint8: 0 is the ground, 1 + class the pixels of which the
+    shape covers at least half."""
     generator = seeded("shapes", seed)
     labels = torch.randint(len(SHAPES), (count,), generator=generator)
     numbers = torch.rand(count, 23, generator=generator)
     images = torch.empty(count, 3, size, size, dtype=torch.uint8)
+    segments = torch.empty(count, size, size, dtype=torch.uint8)
     axis = (torch.arange(size) + 0.5) * 2 / size - 1
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     chunk = max(1, (1 << 19) // size**2)  # as many as the processor's cache holds
     for kind, name in enumerate(SHAPES):
         for index in (labels == kind).nonzero()[:, 0].split(chunk):
-            picture = _draw(name, x, y, numbers[index, :, None, None], pixel=2 / size)
+            picture, cover = _draw(name, x, y, numbers[index, :, None, None], pixel=2 / size)
             images[index] = picture.mul_(255).round_().to(torch.uint8)
-    return images, labels
+            segments[index] = (cover >= 0.5).to(torch.uint8) * (1 + kind)
+    return (images, labels, segments) if masks else (images, labels)
 
 
-def _draw(name: str, x: Tensor, y: Tensor, r: Tensor, pixel: float) -> Tensor:
-    """x, y (S, S) in -1..1, r (n, 23, 1, 1) uniform in 0..1 -> (n, 3, S, S) in 0..1."""
+def _draw(name: str, x: Tensor, y: Tensor, r: Tensor, pixel: float) -> tuple[Tensor, Tensor]:
+    """x, y (S, S) in -1..1, r (n, 23, 1, 1) uniform in 0..1 -> pictures (n, 3, S, S) in 0..1, and
+    the share of each pixel that the shape covers (n, S, S)."""
     radius, tilt = 0.7 + 0.3 * r[:, 0], r[:, 1] - 0.5  # tilt up to 29 degrees either way
     dx, dy = (x + 0.3 * (r[:, 2] - 0.5)) / radius, (y + 0.3 * (r[:, 3] - 0.5)) / radius
     u, v = dx * tilt.cos() + dy * tilt.sin(), dy * tilt.cos() - dx * tilt.sin()
@@ -1067,14 +1075,14 @@ def _draw(name: str, x: Tensor, y: Tensor, r: Tensor, pixel: float) -> Tensor:
         "heart": lambda: (u * u + (v + 0.15 - 0.75 * a.sqrt()) ** 2).sqrt() - 0.8,
         "corner": lambda: top(top(a, b) - 0.8, low(u, v) + 0.15),
     }[name]()
-    cover = (0.5 - outside * radius / pixel).clamp_(0, 1)[:, None]  # one pixel of anti-aliasing
+    cover = (0.5 - outside * radius / pixel).clamp_(0, 1)  # one pixel of anti-aliasing
     dark, bright = 0.35 + 0.25 * r[:, 4:5], 0.8 + 0.2 * r[:, 4:5]
     inverted = r[:, 5:6] > 0.5  # half of the shapes are darker than their ground
     hue = r[:, 6:7]
     ground = _paint(x, y, hue, torch.where(inverted, bright, dark), r[:, 7:15])
     front = 0.3 + 0.4 * r[:, 22:23] + hue
     shape = _paint(x, y, front, torch.where(inverted, dark, bright), r[:, 14:22])
-    return torch.lerp(ground, shape, cover)
+    return torch.lerp(ground, shape, cover[:, None]), cover
 
 
 def _paint(x: Tensor, y: Tensor, hue: Tensor, value: Tensor, t: Tensor) -> Tensor:
@@ -1153,16 +1161,34 @@ def load_strictly(target, state: dict, path) -> None:
         raise UserError(f"{path} does not fit: {' '.join(str(error).split())}") from None
 
 
-def load_encoder(path, drop_path: float = 0.0) -> ViT:
+def load_encoder(path, img_size: int | None = None, drop_path: float = 0.0) -> ViT:
     """The ViT of our encoder.pt or checkpoint.pt, or of a flat timm or published MAE file, whose
-    decoder is ignored. UserError that lists every missing, unexpected or misshapen key."""
+    decoder is ignored. If `img_size` is given, its positions are interpolated to that size.
+    UserError that lists every missing, unexpected or misshapen key."""
     weights, settings = load_weights(path)
     try:
         encoder = ViT(**settings, drop_path=drop_path)
     except TypeError as error:
         raise UserError(f"{path} does not describe a ViT: {error}") from None
     load_strictly(encoder, weights_of("encoder", weights), path)
+    if img_size is not None:
+        resize_positions(encoder, img_size)
     return encoder
+
+
+def resize_positions(encoder: ViT, img_size: int) -> None:
+    """Lets the encoder take images of `img_size` pixels: interpolates its position embedding over
+    the grid, bicubic with antialiasing, as timm does. The class token's stays as it is."""
+    grid = patch_grid(img_size, encoder.patch_size)
+    if grid == encoder.grid:
+        return
+    cls, patches = encoder.pos_embed.data.split([1, encoder.num_patches], dim=1)
+    patches = patches.transpose(1, 2).unflatten(2, encoder.grid)  # (1, D, h, w)
+    patches = F.interpolate(patches, grid, mode="bicubic", antialias=True)
+    positions = torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1)
+    encoder.pos_embed = nn.Parameter(positions, requires_grad=False)
+    encoder.grid, encoder.num_patches = grid, grid[0] * grid[1]
+    encoder.settings["img_size"] = img_size
 
 
 def save_encoder(path: Path, encoder: ViT, config: dict) -> None:

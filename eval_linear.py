@@ -1,41 +1,60 @@
-"""How good is an encoder? Linear probe (default), kNN, or fine-tuning.
+"""How good is an encoder? Linear probe (default), kNN, fine-tuning, or segmentation.
 
     python eval_linear.py runs/mae_perceptual-demo --baseline     # beside an untrained encoder
     python eval_linear.py runs/mae_perceptual-demo --mode knn     # trains nothing
     python eval_linear.py runs/mae_perceptual-demo --mode finetune --epochs 10
+    python eval_linear.py runs/mae_perceptual-demo --mode segment # which class is at which pixel
     torchrun --nproc-per-node 8 eval_linear.py runs/mae_perceptual-imagenet --data imagenet
 
-Takes a run folder, an encoder.pt, or a flat timm or published MAE file (with --data). Image size
-and data set are the encoder's. Ends with one line such as `linear top-1 61.3 (untrained 38.2)`,
-and writes eval.json beside the encoder. Its entries are linear, linear-protocol, knn and finetune,
-with -cls or -mean added if that is not the mode's own --pool.
+The argument is a run folder, an encoder.pt, or a flat timm or published MAE file (with --data).
+The data set and the image size are those of the encoder's training. --img-size N evaluates at
+another size, for which the position embedding is interpolated. The last line printed is, for
+example, `linear top-1 61.3 (untrained 38.2)`. eval.json beside the encoder has all scores. Its
+entries are linear, linear-protocol, knn, finetune and segment; -cls or -mean is added if that is
+not the mode's own --pool, and -Npx if the size is not the encoder's own.
 
-linear     MAE's protocol: a linear layer after a BatchNorm without affine, on the frozen cls token;
-           LARS, base lr 0.1 x batch / 256, no weight decay, batch 16384, 90 epochs (50 for L and
-           H), 10 of warm-up, cosine; random crops of area (0.08, 1) and flips. A batch comes in
-           pieces of at most 512, each with BatchNorm statistics of its own, as on 32 GPUs.
-           --cache-features, the default for fewer than 200 000 images, computes the features once,
-           without augmentation, and fits a logistic regression to them: seconds instead of hours.
-           Its accuracy is not comparable with the protocol's. The weight of its L2 penalty
-           (weight_decay in eval.json) is --weight-decay or the best one
-           for a tenth of the training images, held out.
+linear     MAE's protocol: a BatchNorm without affine and a linear layer on the class token of the
+           frozen encoder; LARS, base learning rate 0.1 x batch / 256, no weight decay, batch
+           16384, 90 epochs (50 for ViT-L and ViT-H), 10 of them warm-up, cosine schedule; random
+           crops of area (0.08, 1) and flips. A batch is split into micro-batches of at most 512
+           images, each with its own BatchNorm statistics, as on 32 GPUs.
+           --cache-features, the default below 200 000 images, computes the features once, without
+           augmentation, and fits a logistic regression to them: seconds instead of hours. Its
+           accuracy is not comparable with the protocol's. Its L2 penalty is --weight-decay; by
+           default it is chosen on a held-out tenth of the training images.
 knn        DINO's: the k nearest training images by cosine vote with weight exp(cosine / 0.07);
-           k = 20 is the headline. Also the share of images whose nearest neighbour is of their
-           class (1-NN retrieval).
-finetune   MAE's recipe: AdamW, layer-wise lr decay, drop path, RandAugment, random erasing, mixup,
-           cutmix, label smoothing; LayerNorm and a linear layer on the mean of the patch tokens.
+           k = 20 is printed. eval.json also has other k and the share of images whose nearest
+           neighbour is of their class (1-NN retrieval).
+finetune   MAE's recipe: AdamW, layer-wise learning rate decay, drop path, RandAugment, random
+           erasing, mixup, cutmix, label smoothing; a LayerNorm and a linear layer on the mean of
+           the patch tokens.
+segment    A linear probe of the patch tokens, as in iBOT and DINOv2: a BatchNorm without affine and
+           a linear layer predict the class at each patch of the frozen encoder; the logits are
+           enlarged bilinearly to the image. AdamW, learning rate 0.03, no weight decay, batch 64,
+           10 epochs; crops of area (0.5, 1) and flips of image and mask together. Pixels with the
+           number 255 have no label. The score is the mIoU: TP / (TP + FP + FN) of all pixels of
+           the validation images, averaged over the classes that occur. Pixel accuracy is printed
+           beside it, and the pixel accuracy of always predicting the most frequent class.
+           segment.png shows eight validation images, their masks and the predictions.
+           --data shapes (its first 4000 training images), voc2012 (downloaded), or a folder in
+           the published layout of ADE20K: images/training/*.jpg, annotations/training/*.png (0 is
+           "no label", k is class k - 1), and the same for validation.
 
-Test images: shorter side to size * 256/224, bicubic, then the central crop; images of exactly the
-encoder's size stay whole.
+Test images: the shorter side is resized to size * 256/224, bicubic, then the centre is cropped;
+images of exactly the encoder's size stay whole. In segmentation, image and mask are resized to a
+square (bicubic, nearest).
 
-Provenance   linear, finetune: He et al. 2022, appendix A, and their published settings.
-             knn: Wu et al. 2018, in the form of DINO (Caron et al. 2021).
-             Our choices: the cached probe; for encoders narrower than ViT-B its settings;
-             random erasing's noise is clipped to the range of pixels; RandAugment "m9" is
-             torchvision's operations at magnitude 9 of 10, two of them with probability 1/2 each as
-             in timm, without timm's magnitude noise, and bilinear.
+What is not taken from the papers
+    linear, finetune   He et al. 2022, appendix A, and their published settings.
+    knn                Wu et al. 2018, in the form of DINO (Caron et al. 2021).
+    our choices        The cached probe; its settings for encoders narrower than ViT-B; all settings
+                       of segmentation. Random erasing's noise is clipped to the range of pixels.
+                       RandAugment "m9" is torchvision's operations at magnitude 9 of 10, two of
+                       them with probability 1/2 each as in timm, but without timm's magnitude
+                       noise, and bilinear.
 """
 
+import colorsys
 import dataclasses
 import json
 import os
@@ -45,8 +64,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Dataset, TensorDataset
+from torchvision import tv_tensors
+from torchvision.datasets import VOCSegmentation
 from torchvision.transforms import v2
 
 import common
@@ -58,19 +81,21 @@ class Config(common.TrainConfig):
     may_change = (*common.TrainConfig.may_change, "val_every")
 
     encoder: str  # run folder, encoder.pt, or a flat timm or published MAE file
-    mode: Literal["linear", "knn", "finetune"] = "linear"  # see above
+    mode: Literal["linear", "knn", "finetune", "segment"] = "linear"  # see above
     baseline: bool = False  # also evaluate an untrained encoder of the same shape
+    img_size: int | None = None  # evaluate at this size; positions are interpolated [encoder's]
     pool: Literal["cls", "mean"] | None = None  # cls token or mean of patches [cls; finetune mean]
     cache_features: bool | None = None  # linear: features only once [if below 200 000 images]
     data: str | None = None  # as in pre-training, with labels [the encoder's]
     data_dir: str | None = None  # where downloaded sets live [the encoder's]
-    min_crop: float = 0.08  # smallest area of a random crop, as a share of the image
-    epochs: int | None = None  # [linear 90, L and H 50; finetune 100, L and H 50]
-    batch_size: int | None = None  # [linear 16384; finetune 1024]
-    accumulate: int | None = None  # micro-batches [linear: of at most 512 images; finetune 1]
+    min_crop: float | None = None  # smallest area of a random crop [0.08; segment 0.5]
+    epochs: int | None = None  # [linear 90, L and H 50; finetune 100, L and H 50; segment 10]
+    batch_size: int | None = None  # [linear 16384; finetune 1024; segment 64]
+    accumulate: int | None = None  # micro-batches [1; linear: of at most 512 images]
     base_lr: float | None = None  # per 256 [linear 0.1; finetune 5e-4, L and H 1e-3]
-    warmup_epochs: float | None = None  # at most a fifth of --epochs [linear 10, finetune 5]
-    weight_decay: float | None = None  # [linear 0, cached chosen; finetune 0.05]
+    lr: float | None = None  # the peak learning rate itself; overrides --base-lr [segment 0.03]
+    warmup_epochs: float | None = None  # at most a fifth of --epochs [linear 10; 5; segment 1]
+    weight_decay: float | None = None  # [linear 0, cached chosen; finetune 0.05; segment 0]
     layer_decay: float | None = None  # finetune: lr ratio of neighbour layers [0.65, L and H 0.75]
     drop_path: float | None = None  # finetune: stochastic depth [0.1, L 0.2, H 0.3]
     mixup: float = 0.8  # finetune: alpha of mixup; 0 is none
@@ -84,9 +109,12 @@ class Config(common.TrainConfig):
         super().check()
         names = ("layer_decay", "drop_path", "mixup", "cutmix", "smoothing", "erasing")
         common.check_numbers(self, 0, *names, "val_every")
+        common.check_numbers(self, 1, "img_size")
         for name in names[:2] + names[4:]:
             if (getattr(self, name) or 0) > 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at most 1")
+        if self.mode == "segment" and self.pool:
+            raise UserError("--pool: segmentation uses every patch token, none is pooled")
         if not Path(self.encoder).exists():
             raise UserError(f"{self.encoder}: no such run folder or file")
         if not (file := Path(self.encoder, "encoder.pt")).exists() and file.parent.is_dir():
@@ -94,15 +122,20 @@ class Config(common.TrainConfig):
 
 
 def recipe(mode: str, width: int) -> dict:
-    """The published settings for an encoder of this width; 1024 is ViT-L, 1280 ViT-H."""
+    """The settings for an encoder of this width; 1024 is ViT-L, 1280 ViT-H."""
     large, huge = width >= 1024, width >= 1280
+    if mode in ("knn", "cached"):
+        return dict(pool="cls")
+    if mode == "segment":
+        return dict(epochs=10, batch_size=64, lr=0.03, warmup_epochs=1, weight_decay=0.0,
+                    min_crop=0.5, accumulate=1, pool=None)  # fmt: skip
     if mode == "finetune":
         return dict(epochs=50 if large else 100, batch_size=1024, base_lr=1e-3 if large else 5e-4,
                     warmup_epochs=5, weight_decay=0.05, layer_decay=0.75 if large else 0.65,
-                    drop_path=0.3 if huge else 0.2 if large else 0.1, pool="mean",
+                    drop_path=0.3 if huge else 0.2 if large else 0.1, min_crop=0.08, pool="mean",
                     accumulate=1)  # fmt: skip
     return dict(epochs=50 if large else 90, batch_size=16384, base_lr=0.1, warmup_epochs=10,
-                weight_decay=0.0, pool="cls")  # fmt: skip
+                weight_decay=0.0, min_crop=0.08, pool="cls")  # fmt: skip
 
 
 class LARS(torch.optim.Optimizer):
@@ -242,15 +275,10 @@ def evaluate_cached(run: common.Run, train: tuple, test: tuple, classes: int) ->
     return accuracy(scores, test_labels) | {"weight_decay": l2}
 
 
-def train_and_validate(run, model: nn.Module, optimizer, loader, loss_of, predict, val, size: int,
+def train_and_validate(run, model: nn.Module, optimizer, loader, loss_of, validate,
                        floor: float = 0.0) -> dict:
-    """Minimises loss_of(ddp, imgs, labels), `ddp` being the model to call; validates predict(imgs)
-    every --val-every epochs on test crops of `size` pixels. Returns the last accuracy."""
-
-    def validate() -> dict:
-        scores, labels = common.outputs(run, model, predict, val, common.CentreCrop(size))
-        return accuracy(scores, labels)
-
+    """Minimises loss_of(ddp, imgs, labels), `ddp` being the model to call. Every --val-every epochs
+    and at the end logs the scores that validate() returns. Returns the last ones."""
     run.start(loader, model=model, optimizer=optimizer)
     ddp, results = run.wrap(model), {}
     for _ in run.epochs():
@@ -284,11 +312,14 @@ def evaluate_linear(run, encoder: common.ViT, train, val) -> dict:
     def feature(imgs: Tensor) -> Tensor:
         return pooled(encoder(imgs), cfg.pool)
 
-    return train_and_validate(
-        run, head, optimizer, loader, val=val, size=size,
-        predict=lambda imgs: head(feature(imgs)),
-        loss_of=lambda ddp, imgs, labels: F.cross_entropy(ddp(feature(imgs)), labels),
-    )  # fmt: skip
+    def loss_of(ddp: nn.Module, imgs: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(ddp(feature(imgs)), labels)
+
+    def validate() -> dict:
+        crop = common.CentreCrop(size)
+        return accuracy(*common.outputs(run, head, lambda x: head(feature(x)), val, crop))
+
+    return train_and_validate(run, head, optimizer, loader, loss_of, validate)
 
 
 class NormalErasing(v2.RandomErasing):
@@ -336,15 +367,207 @@ def evaluate_finetune(run, encoder: common.ViT, train, val) -> dict:
             imgs, labels = v2.RandomChoice(mixes)(imgs, labels)
         return F.cross_entropy(ddp(imgs), labels, label_smoothing=cfg.smoothing)
 
-    return train_and_validate(run, model, optimizer, loader, loss_of, model, val, size, floor=1e-6)
+    def validate() -> dict:
+        return accuracy(*common.outputs(run, model, model, val, common.CentreCrop(size)))
+
+    return train_and_validate(run, model, optimizer, loader, loss_of, validate, floor=1e-6)
+
+
+# ------------------------------------------------------------------------------ segmentation
+
+IGNORED = 255  # the number of a pixel without a label
+
+
+class MaskFiles(Dataset):
+    """Images and masks from two lists of files. A mask is a palette or grey image whose pixels are
+    numbers of classes. `first` is the number of class 0; the number before it means "no label"."""
+
+    def __init__(self, images: list, masks: list, num_classes: int, first: int):
+        self.images, self.masks, self.first = images, masks, first
+        self.classes = [str(first + i) for i in range(num_classes)]
+        for path in (*images, *masks):
+            if not Path(path).is_file():
+                raise UserError(f"{path} is missing: each image needs a mask, each mask an image")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Tensor]:
+        try:
+            image = common.read_image(self.images[index])
+            mask = v2.functional.pil_to_tensor(Image.open(self.masks[index])).int()
+        except Exception as error:  # damaged files make decoders raise anything
+            raise UserError(f"{self.masks[index]} or its image: {error}") from error
+        return image, torch.where(mask < self.first, IGNORED, mask - self.first)
+
+
+def load_masked(name: str, split: str, size: int, data_dir: str) -> Dataset:
+    """The split "train" or "val" of a data set of images and masks: shapes, drawn at size x size
+    pixels; voc2012, downloaded to `data_dir`; or a folder in the layout of ADE20K."""
+    if name == "shapes":
+        images, _, masks = common.draw_shapes(**common.SHAPES_SPLITS[split], size=size, masks=True)
+        shapes = TensorDataset(images[:4000], masks[:4000])  # two minutes on a CPU
+        shapes.classes = ["background", *common.SHAPES]
+        return shapes
+    if name == "voc2012":
+        voc = common.download(VOCSegmentation, data_dir, "VOCdevkit/VOC2012", image_set=split)
+        return MaskFiles(voc.images, voc.masks, num_classes=21, first=0)
+    part = "training" if split == "train" else "validation"
+    images, masks = (Path(name, kind, part) for kind in ("images", "annotations"))
+    if not (images.is_dir() and masks.is_dir()):
+        raise UserError(f"--data {name} has no masks; shapes, voc2012 and folders like ADE20K's "
+                        f"have some: {images} and {masks}")  # fmt: skip
+    names = sorted({path.stem for path in (*images.glob("*.jpg"), *masks.glob("*.png"))})
+    image_files = [images / f"{name}.jpg" for name in names]
+    return MaskFiles(image_files, [masks / f"{name}.png" for name in names], 150, first=1)
+
+
+class MaskCrop:
+    """Changes an image and its mask together, by transforms of torchvision. UserError if the mask
+    does not fit the image or has a number beyond the classes of `images`."""
+
+    def __init__(self, images: Dataset, *transforms):
+        self.images, self.change = images, v2.Compose(transforms)
+
+    def __call__(self, image: Tensor, mask, index: int) -> tuple[Tensor, Tensor]:
+        name, first = f"mask {index}", 0
+        if isinstance(self.images, MaskFiles):
+            name, first = self.images.masks[index], self.images.first
+        is_picture = isinstance(mask, Image.Image)
+        mask = v2.functional.pil_to_tensor(mask) if is_picture else torch.as_tensor(mask)
+        mask = mask[0] if mask.ndim == 3 and len(mask) == 1 else mask
+        if mask.shape != image.shape[1:]:
+            raise UserError(
+                f"{name} has the shape {tuple(mask.shape)}, its image {tuple(image.shape[1:])}: a "
+                "mask is a palette or grey picture with one number for each pixel of the image"
+            )
+        last = len(self.images.classes) - 1
+        for number in mask.unique().tolist():
+            if not 0 <= number <= last and number != IGNORED:
+                raise UserError(f"{name} has the number {number + first}, but the classes are "
+                                f"{first} to {first + last}")  # fmt: skip
+        image, mask = self.change(tv_tensors.Image(image), tv_tensors.Mask(mask))
+        return image.as_subclass(Tensor), mask.as_subclass(Tensor).long()
+
+
+def confusion(pred: Tensor, target: Tensor, classes: int, ignore: int = IGNORED) -> Tensor:
+    """Counts (classes, classes) int64 of the pixels of each true class (row) that each class
+    (column) was predicted for. pred, target (B, H, W); pixels with target `ignore` do not count."""
+    labelled = target != ignore
+    pairs = classes * target[labelled].long() + pred[labelled]
+    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+
+
+def miou(confusion: Tensor) -> float:
+    """Mean in % of TP / (TP + FP + FN) over the classes that occur in targets or predictions."""
+    hits = confusion.diagonal().double()
+    union = confusion.sum(dim=0) + confusion.sum(dim=1) - hits
+    return 100 * (hits / union)[union > 0].mean().item()
+
+
+def evaluate_segment(run, encoder: common.ViT, train, val, picture: Path | None) -> dict:
+    """A linear layer predicts the classes of a patch's pixels from its token; the encoder is
+    frozen. Draws eight validation images into the file `picture`."""
+    cfg, size, classes = run.cfg, encoder.settings["img_size"], len(train.classes)
+    encoder.eval().requires_grad_(False)
+    norm = nn.BatchNorm2d(encoder.embed_dim, affine=False, eps=1e-6)
+    head = nn.Sequential(norm, nn.Conv2d(encoder.embed_dim, classes, kernel_size=1)).to(run.device)
+    optimizer = torch.optim.AdamW(head.parameters(), weight_decay=cfg.weight_decay, fused=True)
+    crop = v2.RandomResizedCrop(size, scale=(cfg.min_crop, 1.0), interpolation=common.BICUBIC)
+    loader = common.TrainLoader(run, train, MaskCrop(train, crop, v2.RandomHorizontalFlip()))
+    test_views = common.Views(val, MaskCrop(val, v2.Resize([size, size], common.BICUBIC)))
+    if cfg.data == "shapes":
+        run.print("segmentation uses the first 4000 training images of shapes")
+
+    def features(imgs: Tensor) -> Tensor:  # (B, C, H, W) -> (B, D, h, w)
+        return encoder(imgs)[:, 1:].transpose(1, 2).unflatten(2, encoder.grid)
+
+    def enlarged(logits: Tensor) -> Tensor:  # (B, classes, h, w) -> (B, classes, H, W)
+        return F.interpolate(logits, (size, size), mode="bilinear")
+
+    def loss_of(ddp: nn.Module, imgs: Tensor, masks: Tensor) -> Tensor:
+        return F.cross_entropy(enlarged(ddp(features(imgs))), masks, ignore_index=IGNORED)
+
+    @torch.no_grad()
+    def predict(imgs: Tensor) -> Tensor:  # normalised (B, C, H, W) -> classes (B, H, W)
+        head.eval()
+        with run.autocast():
+            pred = enlarged(head(features(imgs))).argmax(dim=1)
+        head.train()
+        return pred
+
+    def validate() -> dict:
+        total = torch.zeros(classes, classes, dtype=torch.int64, device=run.device)
+        mine, each = list(range(run.rank, len(val), run.world)), loader.micro_batch
+        batches = [mine[i : i + each] for i in range(0, len(mine), each)]
+        for imgs, masks in common.data_loader(run, test_views, batches):
+            pred = predict(common.normalize(imgs.to(run.device)))
+            total += confusion(pred, masks.to(run.device), classes)
+        total = common.gather(total).sum(dim=0)
+        pixels, most_frequent = total.sum(), total.sum(dim=1).max()
+        return {"miou": round(miou(total), 2),
+                "pixel_accuracy": round(100 * (total.trace() / pixels).item(), 2),
+                "most_frequent_class": round(100 * (most_frequent / pixels).item(), 2)}  # fmt: skip
+
+    results = train_and_validate(run, head, optimizer, loader, loss_of, validate)
+    run.print(f"pixel accuracy {results['pixel_accuracy']:.1f}; with the most frequent class "
+              f"everywhere {results['most_frequent_class']:.1f}")  # fmt: skip
+    if picture and run.rank == 0:
+        imgs, masks = (torch.stack(x).to(run.device) for x in zip(
+            *(test_views[i] for i in common.evenly_spaced(val, 8)), strict=True))  # fmt: skip
+        imgs = common.normalize(imgs)
+        rows = {"image": imgs, "mask": coloured(masks), "prediction": coloured(predict(imgs))}
+        common.save_grid(picture, rows)
+    return results
+
+
+def coloured(masks: Tensor) -> Tensor:
+    """Classes (B, H, W) in fixed colours, as network input (B, 3, H, W): class 0 is black, a pixel
+    without a label white, other classes have different hues."""
+    colours = [colorsys.hsv_to_rgb(0.618 * i % 1, 0.8, 1 - 0.2 * (i % 3)) for i in range(256)]
+    colours[0], colours[IGNORED] = (0, 0, 0), (1, 1, 1)
+    colours = 255 * torch.tensor(colours, device=masks.device)
+    return common.normalize(colours[masks].permute(0, 3, 1, 2))
+
+
+# ------------------------------------------------------------------------------ the script
+
+
+def fill_in(cfg: Config, width: int, num_images: int) -> dict:
+    """All settings for an encoder of this width and so many training images: those that are given,
+    the others from the mode's recipe. UserError for settings that the mode does not have."""
+    cached = cfg.mode == "linear" and cfg.cache_features is not False
+    if cfg.cache_features is None and num_images >= 200_000:
+        cached = False
+    given = {name: value for name, value in dataclasses.asdict(cfg).items() if value is not None}
+    for name in ("epochs", "batch_size", "accumulate", "lr", "base_lr", "warmup_epochs"):
+        if cached and name in given:
+            raise UserError(f"--{name.replace('_', '-')} is of the full protocol, not of cached "
+                            "features: add --no-cache-features, or leave it out")  # fmt: skip
+    settings = dataclasses.asdict(cfg) | recipe("cached" if cached else cfg.mode, width) | given
+    settings["cache_features"] = cached
+    if cfg.base_lr is not None and cfg.lr is None:
+        settings["lr"] = None
+    if cfg.mode == "segment" and cfg.batch_size is None:
+        settings["batch_size"] = min(settings["batch_size"], num_images)
+    if cfg.mode == "linear" and not cached and cfg.accumulate is None:
+        part = max(1, settings["batch_size"] // int(os.environ.get("WORLD_SIZE", 1)))
+        counts = range((part + 511) // 512, part + 1)
+        settings["accumulate"] = next(n for n in counts if part % n == 0)
+    return settings
 
 
 @common.entry_point
 def main(cfg: Config, data=None) -> None:
-    """`data`: (training, validation) images with labels, torch Datasets; None loads cfg.data."""
+    """`data`: (training, validation) images with labels, torch Datasets; None loads cfg.data. For
+    segmentation the labels are masks: PIL images or tensors (H, W), with classes from 0 and 255
+    for "no label"."""
     path = Path(cfg.encoder)
     path = path / "encoder.pt" if path.is_dir() else path
     shape = common.load_encoder(path).settings
+    size, own_size = cfg.img_size or shape["img_size"], shape["img_size"]
+    if not isinstance(size, int):
+        raise UserError(f"{path} takes images of {own_size}: --img-size N makes them square")
     trained = common.read_checkpoint(path).get("config", {})
     name, data_dir = None, cfg.data_dir or trained.get("data_dir", "data")
     common.set_up_process(cfg.device)
@@ -352,24 +575,19 @@ def main(cfg: Config, data=None) -> None:
         name = cfg.data or trained.get("data")
         if name is None:
             raise UserError(f"{path} does not say what it was trained on: --data is needed")
-        size = shape["img_size"]
-        data = [common.load_dataset(name, split, size, data_dir) for split in ("train", "val")]
+        load = load_masked if cfg.mode == "segment" else common.load_dataset
+        data = [load(name, split, size, data_dir) for split in ("train", "val")]
     train, val = data
     classes = len(common.required_classes(train, val, name))
+    settings = fill_in(cfg, shape["embed_dim"], len(train))
+    settings |= {"data": name, "data_dir": data_dir}
+    cached = settings["cache_features"]
 
-    cached = cfg.mode == "linear" and cfg.cache_features is not False
-    if cfg.cache_features is None and len(train) >= 200_000:
-        cached = False
-    given = {name: value for name, value in dataclasses.asdict(cfg).items() if value is not None}
-    for flag in ("epochs", "batch_size", "accumulate", "lr", "base_lr", "warmup_epochs"):
-        if cached and flag in given:
-            raise UserError(f"--{flag.replace('_', '-')} is of the full protocol, not of cached "
-                            "features: add --no-cache-features, or leave it out")  # fmt: skip
-    trains = not cached and cfg.mode != "knn"
-    defaults = recipe(cfg.mode, shape["embed_dim"]) if trains else {"pool": "cls"}
-    settings = dataclasses.asdict(cfg) | defaults | given
-    settings |= {"data": name, "data_dir": data_dir, "cache_features": cached}
-    drop_path = settings["drop_path"] if cfg.mode == "finetune" else 0.0
+    key = "linear-protocol" if cfg.mode == "linear" and not cached else cfg.mode
+    if settings["pool"] != recipe(cfg.mode, shape["embed_dim"])["pool"]:
+        key += f"-{settings['pool']}"
+    if size != own_size:
+        key += f"-{size}px"
     folder = Path(cfg.out or path.parent)
     file = folder / "eval.json"
     try:
@@ -378,37 +596,37 @@ def main(cfg: Config, data=None) -> None:
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{file} cannot be read or written: {error}") from error
     # A training is resumed only with the very weights that it was begun with.
-    run_name = f"eval-{cfg.mode}-{zlib.crc32(path.read_bytes()):08x}"
-    if trains and cfg.mode == "linear" and cfg.accumulate is None:
-        part = max(1, settings["batch_size"] // int(os.environ.get("WORLD_SIZE", 1)))
-        counts = range((part + 511) // 512, part + 1)
-        settings["accumulate"] = next(n for n in counts if part % n == 0)
+    run_name = f"eval-{key}-{zlib.crc32(path.read_bytes()):08x}"
 
     def measure(untrained: bool) -> dict:
         # A training is resumed whoever asks for it: what it computes does not depend on these.
         out = folder / (f"{run_name}-untrained" if untrained else run_name)
         same = {"encoder": "", "baseline": False, "out": str(out)}
         run = common.Run(Config(**settings | same))
-        encoder = common.ViT(**shape, drop_path=drop_path)
-        if not untrained:
-            encoder = common.load_encoder(path, drop_path)
+        drop_path = settings["drop_path"] if cfg.mode == "finetune" else 0.0
+        if untrained:
+            encoder = common.ViT(**shape | {"img_size": size}, drop_path=drop_path)
+        else:
+            encoder = common.load_encoder(path, size, drop_path)
         encoder = encoder.to(run.device)
-        if trains:
-            evaluate = evaluate_finetune if cfg.mode == "finetune" else evaluate_linear
-            return evaluate(run, encoder, train, val)
+        if cfg.mode == "segment":
+            picture = None if untrained else folder / "segment.png"
+            return evaluate_segment(run, encoder, train, val, picture)
+        if cfg.mode == "finetune":
+            return evaluate_finetune(run, encoder, train, val)
+        if cfg.mode == "linear" and not cached:
+            return evaluate_linear(run, encoder, train, val)
         sets = [all_features(run, encoder, images) for images in (train, val)]
-        if cached:
-            return evaluate_cached(run, *sets, classes)
-        return evaluate_knn(*sets, classes)
+        return evaluate_cached(run, *sets, classes) if cached else evaluate_knn(*sets, classes)
 
     results = measure(untrained=False)
-    line = f"{cfg.mode} top-1 {results['top1']:.1f}"
+    score, title = ("miou", "mIoU") if cfg.mode == "segment" else ("top1", "top-1")
+    line = f"{cfg.mode} {title} {results[score]:.1f}"
     if cfg.baseline:
         results["untrained"] = measure(untrained=True)
-        line += f" (untrained {results['untrained']['top1']:.1f})"
-    key = "linear-protocol" if trains and cfg.mode == "linear" else cfg.mode
-    if settings["pool"] != defaults["pool"]:
-        key += f"-{settings['pool']}"
+        line += f" (untrained {results['untrained'][score]:.1f})"
+    if cfg.mode == "segment":
+        line += f", pixel accuracy {results['pixel_accuracy']:.1f}"
     entries[key] = results | {"encoder": str(path), "settings": settings}
     if int(os.environ.get("RANK", 0)) == 0:
         common.write_text(file, json.dumps(entries, indent=2))
