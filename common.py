@@ -10,7 +10,7 @@ This file knows MAE and no method beyond it. Copy it together with one script (m
                                            the run's folder and signals · kNN · pictures
 
 Conventions. Images are (B, C, H, W). Tokens are (B, 1+n, D), the class token first. `visible`
-(B, n) holds the indices of the visible patches; `mask` (B, L) is True where a patch is hidden.
+(B, n) holds the indices of the visible patches; `mask` (B, L) is True where a patch is masked.
 Patches are numbered row by row over the h x w grid. Pixels are uint8 until `normalize`, the one
 place that makes network input, with ImageNet's mean and std.
 
@@ -113,7 +113,7 @@ def num_visible(num_patches: int, mask_ratio: float) -> int:
     if not 0 < visible < num_patches:
         raise UserError(
             f"--mask-ratio {mask_ratio}: some of the {num_patches} patches must stay visible and "
-            "some be hidden"
+            "some must be masked"
         )
     return visible
 
@@ -121,7 +121,7 @@ def num_visible(num_patches: int, mask_ratio: float) -> int:
 def random_masking(batch: int, num_patches: int, mask_ratio: float, device=None, generator=None):
     """Keeps a uniformly random subset of the L patches of each image.
 
-    Returns visible (B, keep) int64, in random order, and mask (B, L) bool, True = hidden, with
+    Returns visible (B, keep) int64, in random order, and mask (B, L) bool, True = masked, with
     keep = `num_visible`."""
     keep = num_visible(num_patches, mask_ratio)
     noise = torch.rand(batch, num_patches, device=device, generator=generator)
@@ -142,10 +142,11 @@ def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def masked_mse(pred: Tensor, target: Tensor, mask: Tensor, normalize: bool = True) -> Tensor:
-    """MAE's loss: squared error, mean over a patch's pixels, then over hidden patches, in fp32.
+    """MAE's loss: the squared error, averaged over the pixels of a patch and then over the masked
+    patches, in fp32.
 
-    pred, target (B, L, p*p*C); mask (B, L), True = hidden. With `normalize` the target is the patch
-    minus its mean, over its std: the loss is in units of a patch's own contrast, not of pixels."""
+    pred, target (B, L, p*p*C); mask (B, L), True = masked. With `normalize` the target is
+    (patch - mean) / std of each patch."""
     pred, target = pred.float(), target.float()
     if normalize:
         mean, std = patch_statistics(target)
@@ -199,8 +200,9 @@ def init_linear(module: nn.Module) -> None:
 
 
 class PatchEmbed(nn.Module):
-    """A convolution whose stride is its kernel is a linear layer on patches, and as one it need not
-    touch the hidden ones. The weight keeps the convolution's shape (D, C, p, p), as in timm."""
+    """Embeds patches by a linear layer, so that the masked ones need not be computed. This equals a
+    convolution whose stride is its kernel size. The weight keeps the convolution's shape
+    (D, C, p, p), as in timm."""
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
         super().__init__()
@@ -213,9 +215,9 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision transformer encoder: parameter names and output of timm's VisionTransformer with
-    num_classes=0, initialisation and fixed positions of MAE. `img_size` (int or (H, W)) and
-    `patch_size` in pixels."""
+    """Vision transformer encoder. It has the parameter names and the output of timm's
+    VisionTransformer(num_classes=0), and MAE's initialisation and fixed positions. `img_size`, an
+    int or (H, W), and `patch_size` are in pixels."""
 
     def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=768, depth=12,
                  num_heads=12, mlp_ratio=4.0, drop_path=0.0):
@@ -239,14 +241,15 @@ class ViT(nn.Module):
         self.apply(init_linear)
 
     def embed(self, imgs: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Tokens (B, 1+n, D), positions added, cls first; of the `visible` (B, n) if given."""
+        """imgs (B, C, H, W) -> tokens (B, 1+L, D) with positions, the class token first. If the
+        indices `visible` (B, n) are given, only these patches are embedded: (B, 1+n, D)."""
         expected = (self.in_chans, *(n * self.patch_size for n in self.grid))
         if imgs.shape[1:] != expected:
             raise UserError(f"this ViT takes images of {expected}, not {tuple(imgs.shape[1:])}")
         return self.embed_patches(patchify(imgs, self.patch_size), visible)
 
     def embed_patches(self, patches: Tensor, visible: Tensor | None = None) -> Tensor:
-        """`embed` of patches (B, L, p*p*C)."""
+        """As `embed`, for patches (B, L, p*p*C)."""
         batch = len(patches)
         positions = self.pos_embed[:, 1:].expand(batch, -1, -1)
         if visible is not None:
@@ -264,9 +267,9 @@ class ViT(nn.Module):
 
 
 class Decoder(nn.Module):
-    """MAE's decoder: the mask token at hidden positions, transformer blocks, a linear layer to
-    pixels, or to `out_dim` numbers. Input width, grid, patch size and channels are those of
-    `encoder`."""
+    """MAE's decoder. It puts the mask token at the masked positions. Then transformer blocks and a
+    linear layer predict the pixels of every patch, or `out_dim` numbers for each. Input width,
+    grid, patch size and channels are those of `encoder`."""
 
     def __init__(self, encoder: ViT, dim: int = 512, depth: int = 8, num_heads: int = 16,
                  out_dim: int | None = None):
@@ -283,8 +286,8 @@ class Decoder(nn.Module):
         self.apply(init_linear)
 
     def fill_in(self, tokens: Tensor, visible: Tensor) -> Tensor:
-        """tokens (B, 1+n, D), visible (B, n) -> (B, 1+L, dim): embedded, in their places, the mask
-        token in the others, positions added."""
+        """tokens (B, 1+n, D), visible (B, n) -> (B, 1+L, dim): the embedded tokens at their places,
+        the mask token at all others, plus positions."""
         x = self.embed(tokens)
         b, _, d = x.shape
         full = self.mask_token.to(x.dtype).expand(b, self.pos_embed.shape[1] - 1, d)
@@ -298,7 +301,7 @@ class Decoder(nn.Module):
         return self.pred(self.norm(x[:, 1:]))
 
     def forward(self, tokens: Tensor, visible: Tensor) -> Tensor:
-        """tokens (B, 1+n, D), visible (B, n) -> (B, L, p*p*C): every patch, visible ones too."""
+        """tokens (B, 1+n, D), visible (B, n) -> (B, L, p*p*C), predictions for all patches."""
         return self.decode(self.fill_in(tokens, visible))
 
 
@@ -323,6 +326,7 @@ def random_seed(*keys: int | str) -> int:
 
 
 def seeded(*keys: int | str) -> torch.Generator:
+    """A generator on the CPU with the seed `random_seed(*keys)`."""
     return torch.Generator().manual_seed(random_seed(*keys))
 
 
@@ -339,7 +343,7 @@ class RandomCrop:
         return self.cut(image, *box.values()), label
 
     def cut(self, image: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
-        """This crop, resized, and flipped with probability 1/2."""
+        """Cuts out this box, resizes it, and flips it with probability 1/2."""
         # self.crop(image) and v2.RandomHorizontalFlip() would give the same, but they dispatch over
         # types of input, which takes longer than cropping a small image.
         box = top, left, height, width
@@ -395,8 +399,8 @@ class TrainLoader:
     view that `augment` makes (see Views), and labels (b,).
 
     A global batch is cut into processes x accumulate micro-batches, which are the same for any
-    number of processes: two see what one process with --accumulate 2 sees. The last batch of an
-    epoch is left out if it is incomplete."""
+    number of processes: two processes see what one process with --accumulate 2 sees. The last batch
+    of an epoch is left out if it is incomplete."""
 
     def __init__(self, run: "Run", images: Dataset, augment):
         self.run, self.images, self.augment = run, images, augment
@@ -745,7 +749,7 @@ class Config(TrainConfig):
     patch_size: int = 4  # side of a patch in pixels: 16 at 224 px, 4 at 32 px
     size: Literal["tiny", "small", "base", "large", "huge"] = "tiny"  # of the ViT
     depth: int | None = None  # encoder blocks, if not those of --size; fewer is faster
-    mask_ratio: float = 0.75  # share of hidden patches
+    mask_ratio: float = 0.75  # share of masked patches
     init_from: str | None = None  # start from an encoder.pt, checkpoint.pt, timm or MAE file
     knn_every: int = 0  # kNN accuracy every so many epochs and at the end; 0 is never
     recon_every: int = 10  # reconstruction picture every so many epochs and at the end
@@ -1141,7 +1145,7 @@ def load_weights(path) -> tuple[dict[str, Tensor], dict]:
 
 
 def our_name(name: str) -> str:
-    """"decoder.…" or "encoder.…", of a name in the flat layout of timm and the published MAE."""
+    """Our name, "encoder.…" or "decoder.…", of a weight in the flat layout of timm and MAE."""
     if name == "mask_token" or name.startswith("decoder_"):
         return f"decoder.{name.removeprefix('decoder_')}"
     return f"encoder.{name}"
@@ -1198,9 +1202,9 @@ def save_encoder(path: Path, encoder: ViT, config: dict) -> None:
 
 
 def init_from(path, model: nn.Module) -> set[str]:
-    """Loads every module (.encoder, .decoder, ...) that both the file and the model have; all of
-    its keys must fit. Returns the names of the model's modules that the file lacks, after a line
-    that says so."""
+    """Loads every module (.encoder, .decoder, ...) that both the file and the model have. UserError
+    unless all weights of such a module fit. Prints a line that names the model's modules that the
+    file lacks, and returns their names."""
     weights, missing = load_weights(path)[0], set()
     for name, module in model.named_children():
         if found := weights_of(name, weights):
@@ -1209,7 +1213,7 @@ def init_from(path, model: nn.Module) -> set[str]:
             missing.add(name)
     if missing:
         names = ", ".join(sorted(missing))
-        print(f"{path} has no {names}: as at the start of a new run", file=sys.stderr)
+        print(f"{path} has no {names}: initialised as in a new run", file=sys.stderr)
     return missing
 
 
@@ -1251,7 +1255,7 @@ def mean_over_processes(x: Tensor) -> Tensor:
 
 
 def average_statistics(model: nn.Module) -> None:
-    """Give all processes the mean of their running statistics."""
+    """Gives all processes the mean of their running statistics."""
     for norm in model.modules():
         if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats:
             for x in (norm.running_mean, norm.running_var):
@@ -1582,16 +1586,17 @@ def denormalize(imgs: Tensor) -> Tensor:
 def reconstruction_rows(imgs: Tensor, pred: Tensor, mask: Tensor, patch_size: int,
                         normalized: bool = True) -> dict[str, Tensor]:
     """Rows of a reconstruction picture, label -> (N, 3, H, W) normalised images. `pred` (N, L,
-    p*p*3), mask (N, L), True = hidden; `normalized`: in units of each patch's own mean and std."""
-    patches, hidden, note = patchify(imgs, patch_size), mask[:, :, None], ""
+    p*p*3), mask (N, L), True = masked. `normalized` says that pred is in units of each patch's own
+    mean and std."""
+    patches, masked, note = patchify(imgs, patch_size), mask[:, :, None], ""
     if normalized:
         mean, std = patch_statistics(patches)
         pred, note = pred * std + mean, " (with the true mean and contrast of each patch)"
     rows = {
         "input": patches,
-        "masked": patches.masked_fill(hidden, 0),
+        "masked": patches.masked_fill(masked, 0),
         f"prediction{note}": pred,
-        "prediction + visible": torch.where(hidden, pred, patches),
+        "prediction + visible": torch.where(masked, pred, patches),
     }
     grid = patch_grid(imgs.shape[2:], patch_size)
     return {k: unpatchify(x, patch_size, grid, imgs.shape[1]) for k, x in rows.items()}

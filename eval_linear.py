@@ -164,7 +164,7 @@ class LARS(torch.optim.Optimizer):
 
 
 class FineTuned(nn.Module):
-    """Encoder without its last LayerNorm, pooled tokens, LayerNorm, linear layer."""
+    """The encoder without its last LayerNorm; then pooling, a LayerNorm and a linear layer."""
 
     def __init__(self, encoder: common.ViT, num_classes: int, pool: str):
         super().__init__()
@@ -208,8 +208,8 @@ def pooled(tokens: Tensor, pool: str) -> Tensor:
 
 
 def all_features(run: common.Run, encoder: common.ViT, images) -> tuple[Tensor, Tensor]:
-    """Features (N, D) fp32, after the final norm, and labels (N,) of all images. UserError if a
-    feature is not finite: the score would be that of chance."""
+    """Features (N, D) in fp32, after the final norm, and labels (N,) of all images. UserError if a
+    feature is not finite, because every score would then be that of chance."""
     crop, pool = common.CentreCrop(encoder.settings["img_size"]), run.cfg.pool
 
     def features(imgs: Tensor) -> Tensor:
@@ -217,7 +217,7 @@ def all_features(run: common.Run, encoder: common.ViT, images) -> tuple[Tensor, 
 
     found, labels = common.outputs(run, encoder, features, images, crop)
     if not found.isfinite().all():
-        raise UserError("features are not finite: this encoder is of no use")
+        raise UserError("the features are not finite: this encoder cannot be evaluated")
     return found, labels
 
 
@@ -231,11 +231,11 @@ def evaluate_knn(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], clas
 
 
 def logistic_regression(x: Tensor, labels: Tensor, test: Tensor, num_classes: int, l2: float):
-    """Scores (N, classes) of test (N, D) by the linear classifier with the least cross-entropy +
-    l2 / 2 * |weight|^2 for x (M, D), of mean about 0, and labels (M,)."""
-    # The unknowns are along the principal axes, in units of 1 / sqrt(curvature): LBFGS takes tens
-    # of iterations for them, hundreds for the weight itself. With few images and a small l2, which
-    # hardly bound the weight, it stops before the minimum.
+    """Scores (N, classes) of test (N, D) by the linear classifier that minimises cross-entropy +
+    l2 / 2 * |weight|^2 on x (M, D), whose mean is about 0, and labels (M,)."""
+    # The unknowns are the weight's coordinates along the principal axes of x, in units of
+    # 1 / sqrt(curvature): LBFGS needs tens of iterations for them, and hundreds for the weight
+    # itself. With few images and a small l2, which hardly bound the weight, it stops early.
     variance, axes = torch.linalg.eigh(x.T @ x / len(x))
     units = axes / (variance / num_classes + l2).clamp(min=1e-9).sqrt()
     unknown = x.new_zeros(num_classes, x.shape[1], requires_grad=True)
@@ -257,7 +257,7 @@ def logistic_regression(x: Tensor, labels: Tensor, test: Tensor, num_classes: in
 def evaluate_cached(run: common.Run, train: tuple, test: tuple, classes: int) -> dict:
     """Logistic regression on features and labels, as for `evaluate_knn`; every process does it."""
     (features, labels), (test, test_labels) = train, test
-    # From here in float64: a GPU may round the products of float32 too roughly for a line search.
+    # A GPU may round float32 products too roughly for a line search, hence float64.
     std, mean = torch.std_mean(features.double(), dim=0)
     features, test = ((x - mean) / (std + 1e-6) for x in (features, test))
     order = torch.randperm(len(labels), generator=common.seeded("held out", run.cfg.seed))
@@ -306,8 +306,8 @@ def evaluate_linear(run, encoder: common.ViT, train, val) -> dict:
     optimizer = LARS(head.parameters(), weight_decay=cfg.weight_decay)
     loader = common.TrainLoader(run, train, common.RandomCrop(size, cfg.min_crop))
     if loader.micro_batch < 2:
-        raise UserError("BatchNorm takes 2 images in a micro-batch: a larger --batch-size, or less "
-                        "--accumulate")  # fmt: skip
+        raise UserError("BatchNorm needs at least 2 images in a micro-batch: use a larger "
+                        "--batch-size or a smaller --accumulate")  # fmt: skip
 
     def feature(imgs: Tensor) -> Tensor:
         return pooled(encoder(imgs), cfg.pool)
@@ -542,8 +542,8 @@ def fill_in(cfg: Config, width: int, num_images: int) -> dict:
     given = {name: value for name, value in dataclasses.asdict(cfg).items() if value is not None}
     for name in ("epochs", "batch_size", "accumulate", "lr", "base_lr", "warmup_epochs"):
         if cached and name in given:
-            raise UserError(f"--{name.replace('_', '-')} is of the full protocol, not of cached "
-                            "features: add --no-cache-features, or leave it out")  # fmt: skip
+            raise UserError(f"--{name.replace('_', '-')} belongs to the full protocol, not to the "
+                            "cached probe: add --no-cache-features, or leave it out")  # fmt: skip
     settings = dataclasses.asdict(cfg) | recipe("cached" if cached else cfg.mode, width) | given
     settings["cache_features"] = cached
     if cfg.base_lr is not None and cfg.lr is None:
@@ -595,11 +595,12 @@ def main(cfg: Config, data=None) -> None:
         entries = {} | (json.loads(file.read_text()) if file.exists() else {})
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{file} cannot be read or written: {error}") from error
-    # A training is resumed only with the very weights that it was begun with.
+    # A training is resumed only with the same encoder weights.
     run_name = f"eval-{key}-{zlib.crc32(path.read_bytes()):08x}"
 
     def measure(untrained: bool) -> dict:
-        # A training is resumed whoever asks for it: what it computes does not depend on these.
+        # What a training computes does not depend on these settings, so they may differ when it is
+        # resumed.
         out = folder / (f"{run_name}-untrained" if untrained else run_name)
         same = {"encoder": "", "baseline": False, "out": str(out)}
         run = common.Run(Config(**settings | same))

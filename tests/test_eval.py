@@ -562,9 +562,9 @@ def test_cached_probe_holds_training_images_out_to_choose_its_weight():
     (["ENCODER", "--epochs", "0"], "--epochs must be at least 1"),
     (["ENCODER", "--drop-path", "2"], "--drop-path must be at most 1"),
     (["ENCODER", "--mode", "finetune", "--erasing", "1.5"], "--erasing must be at most 1"),
-    (["ENCODER", "--lr", "1"], "--lr is of the full protocol"),
+    (["ENCODER", "--lr", "1"], "--lr belongs to the full protocol"),
     (["ENCODER", "--batch-size", "16", "--cache-features"], "add --no-cache-features"),
-    (["ENCODER", "--batch-size", "1", "--no-cache-features"], "BatchNorm takes 2 images"),
+    (["ENCODER", "--batch-size", "1", "--no-cache-features"], "BatchNorm needs at least 2 images"),
 ])  # fmt: skip
 def test_mistakes_are_one_line_and_exit_code_2(arguments, message, encoder_file, capsys):
     arguments = [encoder_file if a == "ENCODER" else a for a in arguments]

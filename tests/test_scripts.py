@@ -732,7 +732,7 @@ def test_help_has_every_flag_with_advice(capsys):
                  "patch-size", "mask-ratio", "device", "precision", "compile", "accumulate",
                  "workers", "seed", "init-from", "variant"):  # fmt: skip
         assert f"--{flag}" in text, flag
-    assert "share of hidden patches" in text
+    assert "share of masked patches" in text
     with pytest.raises(SystemExit):
         common.parse(supervised_mim.Config, supervised_mim.PRESETS, ["--help"])
     text = " ".join(capsys.readouterr().out.split())
