@@ -174,29 +174,37 @@ PRESETS = {
 
 
 def image_scales(img_size: int) -> list[int]:
-    """Sides of the image pyramid: img_size, then halves of it, the smallest at least 4 pixels.
-    UserError if there is no half."""
+    """Sides in pixels of the image pyramid: img_size, then its half, quarter, ..., as long as they
+    are whole numbers of at least 4. UserError if even the half is not."""
     scales = [img_size]
     while scales[-1] % 2 == 0 and scales[-1] >= 8:
         scales.append(scales[-1] // 2)
     if len(scales) == 1:
-        raise common.UserError(f"images of {img_size} px have no half of at least 4 px")
+        raise common.UserError(
+            f"images of {img_size} px have no half of at least 4 px: --img-size must be even "
+            "and at least 8"
+        )
     return scales
 
 
 def image_pyramid(imgs: Tensor, scales: list[int]) -> list[Tensor]:
-    """imgs (B, 3, S, S) at the given sides, the first of which is S: bilinear, anti-aliased."""
-    smaller = (F.interpolate(imgs, (s, s), mode="bilinear", antialias=True) for s in scales[1:])
+    """Resizes imgs (B, C, S, S) to each side in `scales`, of which the first is S (bilinear,
+    anti-aliased) -> list of images, largest first."""
+    smaller = [F.interpolate(imgs, (s, s), mode="bilinear", antialias=True) for s in scales[1:]]
     return [imgs, *smaller]
 
 
 class MSGDecoder(common.Decoder):
-    """MAE's decoder with multi-scale gradients: each block but the first also takes an encoder map,
-    the deepest first, and blocks emit images for each scale of `image_scales`.
+    """MAE's decoder with multi-scale gradients: it makes an image at every scale of `image_scales`.
 
-    The earliest of the emitting blocks makes the largest of the smaller images, as in the released
-    code; all blocks work on the same grid of tokens, so that no order is more natural.
-    UserError if there are fewer blocks than scales, or than maps."""
+    Each block but the first has a skip connection: it also takes the output of an encoder block,
+    the second block that of the encoder's last block but one, later blocks those of earlier ones.
+    The last block makes the full-size image, and the blocks just before it make the smaller images.
+    The earliest of these makes the largest, as in the authors' code. MSG-GAN has the reverse order,
+    but here all blocks have the same grid of tokens, so that either order is possible.
+
+    UserError if there are fewer decoder blocks than scales, or fewer encoder blocks than decoder
+    blocks."""
 
     def __init__(self, encoder: common.ViT, dim: int = 512, depth: int = 8, num_heads: int = 16):
         super().__init__(encoder, dim, depth, num_heads)
@@ -205,29 +213,36 @@ class MSGDecoder(common.Decoder):
         scales = image_scales(size)
         if depth < len(scales):
             raise common.UserError(
-                f"{size} px images have {len(scales)} scales and need as many decoder blocks: "
-                f"--decoder-depth {len(scales)}, not {depth}; or --img-size below {4 * 2**depth}; "
-                "or --variant ls"
+                f"images of {size} px have {len(scales)} scales, and each needs a decoder block: "
+                f"use --decoder-depth {len(scales)}, not {depth}; or --img-size below "
+                f"{4 * 2**depth}; or --variant ls"
             )
         if depth > len(encoder.blocks):
-            least = f"--depth {depth} or more, not {len(encoder.blocks)}"
-            raise common.UserError(f"--decoder-depth {depth} takes maps of as many blocks: {least}")
-        patch, kernels = self.pred.out_features, [3, *[5] * (len(scales) - 2)]
+            raise common.UserError(
+                f"--decoder-depth {depth} needs as many encoder blocks: use --depth {depth} or "
+                f"more, not {len(encoder.blocks)}"
+            )
         self.fuse = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(depth - 1))
-        self.preds = nn.ModuleList(nn.Linear(dim, patch) for _ in kernels)
+        # A head for each smaller image: a linear layer to pixels, then a convolution of stride 2.
+        kernels = [3] + [5] * (len(scales) - 2)
+        patch_dim = self.pred.out_features
+        self.preds = nn.ModuleList(nn.Linear(dim, patch_dim) for _ in kernels)
         self.convs = nn.ModuleList(nn.Conv2d(channels, channels, k, 2, k // 2) for k in kernels)
         self.apply(common.init_linear)
 
-    def forward(self, tokens: Tensor, visible: Tensor, maps: list[Tensor]) -> list[Tensor]:
-        """tokens (B, 1+n, D) after the encoder's norm, visible (B, n), maps: outputs (B, 1+n, D) of
-        all its blocks -> images, (B, C, S, S) first, then the smaller ones."""
-        x, smaller = self.fill_in(tokens, visible), []
+    def forward(self, tokens: Tensor, visible: Tensor,
+                encoder_outputs: list[Tensor]) -> list[Tensor]:
+        """Returns the images (B, C, s, s), largest first. tokens (B, 1+n, D): the encoder's output;
+        visible (B, n); encoder_outputs: the outputs (B, 1+n, D) of all encoder blocks in order."""
+        x = self.fill_in(tokens, visible)
+        smaller = []
+        first = len(self.blocks) - 1 - len(self.preds)  # the first block that makes an image
         for i, block in enumerate(self.blocks):
             if i > 0:
-                skip = self.fill_in(maps[-1 - i], visible)
+                skip = self.fill_in(encoder_outputs[-1 - i], visible)
                 x = self.fuse[i - 1](torch.cat([x, skip], dim=2))
             x = block(x)
-            level = i - (len(self.blocks) - 1 - len(self.preds))  # the last block is not among them
+            level = i - first
             if 0 <= level < len(self.preds):
                 image = common.unpatchify(self.preds[level](x[:, 1:]), *self.layout)
                 smaller.append(self.convs[level](F.avg_pool2d(image, 2**level)))
@@ -235,31 +250,38 @@ class MSGDecoder(common.Decoder):
 
 
 class PerceptualMAE(nn.Module):
-    """MAE. With an MSGDecoder it reconstructs a pyramid of images, with common.Decoder patches."""
+    """MAE's encoder with either decoder: common.Decoder predicts patches, as in MAE, MSGDecoder
+    predicts images of several sizes."""
 
     def __init__(self, encoder: common.ViT, decoder: nn.Module, mask_ratio: float = 0.75):
         super().__init__()
         self.encoder, self.decoder, self.mask_ratio = encoder, decoder, mask_ratio
 
     def forward(self, imgs: Tensor, for_path: bool = False):
-        """imgs (B, C, H, W) -> reconstruction, mask (B, L), True = hidden; the reconstruction is a
-        list of images, largest first, or patches (B, L, p*p*C). For the path length also the tokens
-        (B, 1+n, D) that the decoder was given, and it can be differentiated twice."""
+        """imgs (B, C, H, W) -> reconstruction and mask (B, L), True = hidden. The reconstruction is
+        a list of images, largest first (MSGDecoder), or patches (B, L, p*p*C) (common.Decoder).
+
+        With `for_path`, also returns the tokens (B, 1+n, D) that the decoder took, and the decoder
+        can be differentiated twice, as the path length requires."""
         num_patches = self.encoder.num_patches
         visible, mask = common.random_masking(len(imgs), num_patches, self.mask_ratio, imgs.device)
-        x, maps = self.encoder.embed(imgs, visible), []
+        x = self.encoder.embed(imgs, visible)
+        encoder_outputs = []
         for block in self.encoder.blocks:
             x = block(x)
-            maps.append(x)
+            encoder_outputs.append(x)
         tokens = self.encoder.norm(x)
-        skips = (maps,) if isinstance(self.decoder, MSGDecoder) else ()
-        # Fused attention has no second derivative.
+        # Fused attention kernels have no second derivative; the plain one has.
         with sdpa_kernel(SDPBackend.MATH) if for_path else nullcontext():
-            reconstruction = self.decoder(tokens, visible, *skips)
+            if isinstance(self.decoder, MSGDecoder):
+                reconstruction = self.decoder(tokens, visible, encoder_outputs)
+            else:
+                reconstruction = self.decoder(tokens, visible)
         return (reconstruction, mask, tokens) if for_path else (reconstruction, mask)
 
     def images(self, reconstruction: Tensor | list[Tensor]) -> list[Tensor]:
-        """A reconstruction as a list of fp32 images, largest first."""
+        """Turns the reconstruction that `forward` returned, images or patches, into a list of fp32
+        images (B, C, s, s), largest first."""
         if isinstance(reconstruction, Tensor):
             layout = self.encoder.patch_size, self.encoder.grid, self.encoder.in_chans
             reconstruction = [common.unpatchify(reconstruction, *layout)]
@@ -270,53 +292,60 @@ class PerceptualMAE(nn.Module):
 
 
 def gram_matrix(f: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, C, C): products of channels over CHW, in fp32: half precision would lose
-    the small differences between two of them."""
+    """Gram matrices F F' / CHW (B, C, C) of feature maps (B, C, H, W), whose rows are the channels.
+    They are computed in fp32, as half precision would lose the small differences between two."""
     with torch.autocast(f.device.type, enabled=False):
         rows = f.float().flatten(2)
         return rows @ rows.mT / rows[0].numel()
 
 
 def feature_loss(fake: list[Tensor], real: list[Tensor]) -> Tensor:
-    """L_feat of feature maps (B, C, H, W)."""
+    """L_feat: the mean absolute difference of feature maps (B, C, H, W), summed over the maps."""
     return sum((f.float() - r.float()).abs().mean() for f, r in zip(fake, real, strict=True))
 
 
 def style_loss(fake: list[Tensor], real: list[Tensor]) -> Tensor:
-    """L_style of feature maps (B, C, H, W)."""
+    """L_style: the mean absolute difference of the Gram matrices of feature maps (B, C, H, W),
+    summed over the maps."""
     return feature_loss([gram_matrix(f) for f in fake], [gram_matrix(r) for r in real])
 
 
 def pixel_loss(fake: list[Tensor], real: list[Tensor], scale_weight: float = 0.0) -> Tensor:
-    """L_pix of images (B, 3, S, S), largest first; the smaller ones count `scale_weight` each."""
+    """L_pix: the mean absolute difference of the full-size images (B, C, S, S), which come first,
+    plus `scale_weight` times that of each smaller size."""
     errors = [(f - r).abs().mean() for f, r in zip(fake, real, strict=True)]
     return errors[0] + scale_weight * sum(errors[1:])
 
 
 def to_rgb(imgs: Tensor) -> Tensor:
-    """Network input -> RGB, in 0..1 for images. A reconstruction may leave that range and is not
-    clipped to it, because clipped pixels have no gradient."""
+    """Normalised images (B, 3, H, W) -> RGB. Values are in 0..1, but a reconstruction may leave
+    this range. It is not clipped, because clipped pixels have no gradient."""
     mean, std = common.STATISTICS.to(imgs.device, non_blocking=True)
     return imgs * std + mean
 
 
 def ssim_loss(fake: Tensor, real: Tensor, scales: int = 4) -> Tensor:
-    """L_ssim of RGB images (B, 3, S, S) in 0..1, at sides S, S/2, S/4, ...: as many as `scales`
-    says, but none below 4 pixels."""
+    """L_ssim of RGB images (B, 3, S, S), where `real` is in 0..1: dissimilarity and absolute
+    difference, summed over the sides S, S/2, S/4, ... There are `scales` sides, fewer if one would
+    be below 4 pixels."""
     sides = [fake.shape[-1]]
     while len(sides) < scales and sides[-1] >= 8:
         sides.append(sides[-1] // 2)
     loss = 0.0
     for f, r in zip(image_pyramid(fake, sides), image_pyramid(real, sides), strict=True):
-        dissimilarity = ((1 - ssim(f, r)) / 2).clamp(0, 1)  # cuts off no more than rounding errors
+        dissimilarity = ((1 - ssim(f, r)) / 2).clamp(0, 1)  # removes rounding errors only
         loss = loss + 0.85 * dissimilarity.mean() + 0.15 * (f - r).abs().mean()
     return loss
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004) of images (B, C, H, W) with values in 0..1 -> (B, C,
-    H, W) in -1..1, of the 3 x 3 window around each pixel. Images are reflected at their borders;
-    variances are biased."""
+    """Structural similarity (Wang et al. 2004) of images (B, C, H, W) with values in 0..1. The
+    result (B, C, H, W) is in -1..1 and compares the 3 x 3 windows around each pixel:
+
+        (2 m_a m_b + C1) (2 c_ab + C2) / ((m_a^2 + m_b^2 + C1) (v_a + v_b + C2))
+
+    with the windows' means m, biased variances v and covariance c, C1 = 0.01^2 and C2 = 0.03^2.
+    The images are reflected at their borders."""
 
     def window_mean(x: Tensor) -> Tensor:
         return F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), kernel_size=3, stride=1)
@@ -331,22 +360,23 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def ls_d_loss(real_score: Tensor, fake_score: Tensor) -> Tensor:
-    """Least squares, on raw scores (B,) of each image."""
+    """L_D of ls and msg, from raw scores (B,): D(image) should be 1, D(reconstruction) 0."""
     return 0.5 * (real_score - 1).square().mean() + 0.5 * fake_score.square().mean()
 
 
 def ls_g_loss(fake_score: Tensor) -> Tensor:
-    """The same for the generator: fakes (B,) should score 1."""
+    """L_adv of ls and msg, from raw scores (B,): D(reconstruction) should be 1."""
     return 0.5 * (fake_score - 1).square().mean()
 
 
 def logistic_d_loss(real_score: Tensor, fake_score: Tensor) -> Tensor:
-    """Logistic loss of StyleGAN2 (Karras et al. 2020), on raw scores (B,)."""
+    """L_D of msg-ada without R1, from raw scores (B,): the logistic loss of StyleGAN2."""
     return F.softplus(-real_score).mean() + F.softplus(fake_score).mean()
 
 
 def logistic_g_loss(fake_score: Tensor) -> Tensor:
-    """Not saturating: the gradient stays while D tells fakes easily."""
+    """L_adv of msg-ada, from raw scores (B,): the non-saturating logistic loss, which has a large
+    gradient even where the discriminator recognises reconstructions with certainty."""
     return F.softplus(-fake_score).mean()
 
 
@@ -354,19 +384,23 @@ def logistic_g_loss(fake_score: Tensor) -> Tensor:
 
 
 def fp32_score(layer: nn.Linear, x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B,), never in half precision: scores near 1 would move in steps of 1/128."""
+    """Scores (B,) of features (B, C, H, W) by a discriminator's last layer, always in fp32: with
+    bf16, scores near 1 would change in steps of 1/128."""
     with torch.autocast(x.device.type, enabled=False):
         return layer(x.float().flatten(1))[:, 0]
 
 
 class Discriminator(nn.Module):
-    """One scale: 5 convolutions of stride 2, fewer where 4 x 4 would not remain, then the score."""
+    """The discriminator of `ls`, for one scale: convolutions of stride 2, then a linear layer. It
+    has 5 convolutions, fewer if the last feature map would be smaller than 4 x 4."""
 
     def __init__(self, img_size: int, width: int = 512, in_chans: int = 3):
         super().__init__()
-        kernels, widths = (7, 5, 5, 3, 3), (width // 8, width // 4, width // 2, width, width)
+        kernels = (7, 5, 5, 3, 3)
+        widths = (width // 8, width // 4, width // 2, width, width)
+        halvings = len(image_scales(img_size)) - 1
         stages, side = [], img_size
-        for i in range(min(5, len(image_scales(img_size)) - 1)):
+        for i in range(min(5, halvings)):
             conv = nn.Conv2d(in_chans, widths[i], kernels[i], 2, kernels[i] // 2, bias=i == 0)
             norm = nn.BatchNorm2d(widths[i]) if i > 0 else nn.Identity()
             stages.append(nn.Sequential(conv, norm, nn.LeakyReLU(0.2)))
@@ -375,8 +409,10 @@ class Discriminator(nn.Module):
         self.score = nn.Linear(in_chans * side * side, 1)
 
     def forward(self, images: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """A list of one tensor (B, 3, S, S) -> scores (B,) fp32; outputs of the first 4 stages."""
-        (x,), features = images, []
+        """A list of one tensor (B, 3, S, S) -> scores (B,) in fp32, and a list of feature maps,
+        which are the outputs of the first four stages."""
+        [x] = images
+        features = []
         for stage in self.stages:
             x = stage(x)
             features.append(x)
@@ -384,16 +420,19 @@ class Discriminator(nn.Module):
 
 
 class MSGDiscriminator(nn.Module):
-    """Reads the whole pyramid: each scale enters by a fromRGB of its own, at its resolution."""
+    """The discriminator of `msg` and `msg-ada`. It takes images of all scales. Each scale enters
+    where the feature maps have its size, through a 1 x 1 convolution of its own (fromRGB)."""
 
     def __init__(self, img_size: int, width: int = 512, in_chans: int = 3):
         super().__init__()
         scales = image_scales(img_size)
-        rgb, in_width = width // 16, 0
+        rgb = width // 16  # channels that each scale adds to the feature maps
+        in_width = 0
         self.from_rgb = nn.ModuleList(nn.Conv2d(in_chans, rgb, 1) for _ in scales)
         self.blocks = nn.ModuleList()
         for i in range(len(scales) - 1):
-            in_width, out_width = in_width + rgb, min(width // 8 << i, width // 2)
+            in_width += rgb
+            out_width = min(width // 8 * 2**i, width // 2)
             self.blocks.append(nn.Sequential(
                 nn.Conv2d(in_width, in_width, 3, padding=1), nn.LeakyReLU(0.2),
                 nn.Conv2d(in_width, out_width, 3, padding=1), nn.LeakyReLU(0.2), nn.AvgPool2d(2),
@@ -407,13 +446,15 @@ class MSGDiscriminator(nn.Module):
         self.score = nn.Linear(width * (scales[-1] - 3) ** 2, 1)
 
     def forward(self, images: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Images (B, 3, S, S), largest first -> scores (B,) fp32; the outputs of the blocks."""
+        """Images (B, 3, s, s), largest first -> scores (B,) in fp32, and a list of feature maps,
+        which are the outputs of the blocks."""
         rgb = [F.leaky_relu(layer(x), 0.2) for layer, x in zip(self.from_rgb, images, strict=True)]
         x, features = rgb[0], []
         for block, smaller in zip(self.blocks, rgb[1:], strict=True):
             features.append(block(x))
             x = torch.cat([features[-1], smaller], dim=1)
-        # Minibatch standard deviation (Karras et al. 2018): alike images give D away.
+        # Minibatch standard deviation (Karras et al. 2018): it reveals a generator whose images
+        # resemble each other too much.
         spread = (x.float().var(dim=0, unbiased=False) + 1e-8).sqrt().mean().to(x.dtype)
         x = torch.cat([x, spread.expand(len(x), 1, *x.shape[2:])], dim=1)
         return fp32_score(self.score, self.final(x)), features
@@ -423,8 +464,12 @@ class MSGDiscriminator(nn.Module):
 
 
 class Adversary(nn.Module):
-    """What the generator trains against, and all its state: the discriminator; its frozen copy, in
-    whose features images are compared; with `ada` the augmentation and the path length."""
+    """Everything that the generator trains against: the discriminator; its frozen copy, in whose
+    feature maps images are compared; and with `ada` (msg-ada) augmentation and path length.
+
+    `losses` computes L_G and L_D of a micro-batch; call `end_step` once after all micro-batches of
+    a step, and `refresh` whenever the frozen copy should be renewed. `r1_every` and `path_every`
+    say at every how many steps the two penalties are computed."""
 
     def __init__(self, discriminator: nn.Module, ada: bool = True, feature_weight: float = 0.05,
                  style_weight: float = 40.0, adv_weight: float = 0.7, scale_weight: float = 0.0,
@@ -437,30 +482,32 @@ class Adversary(nn.Module):
         self.ada, self.real_scores = ada, []
         self.generator_loss = logistic_g_loss if ada else ls_g_loss
         self.discriminator_loss = logistic_d_loss if ada else ls_d_loss
-        self.border = 0.0 if ada else 0.5  # D takes images of a higher score for real ones
+        self.threshold = 0.0 if ada else 0.5  # a higher score means: real
         self.weights = dict(pix=1.0, feat=feature_weight, style=style_weight, adv=adv_weight)
         self.scale_weight, self.normalize_features = scale_weight, normalize_features
         self.r1_gamma, self.r1_every = r1_gamma, r1_every
         self.path_weight, self.path_every = path_weight, path_every
 
     def refresh(self) -> None:
-        """Copy D, with the mean of all processes' batch statistics."""
+        """Renews the frozen copy. The running statistics of BatchNorm are averaged over the
+        processes first, so that all have the same copy."""
         common.average_statistics(self.discriminator)
         self.frozen.load_state_dict(self.discriminator.state_dict())
 
     def losses(self, model: nn.Module, discriminator: nn.Module, imgs: Tensor, step: int,
                measure: bool = False):
-        """imgs (B, 3, S, S) -> L_G, L_D and a dict of scalars to log, with `measure` the sizes of
-        the gradients among them. `model` and `discriminator` are the modules to call, wrapped for
-        several processes.
+        """Returns L_G, L_D and a dict of scalars for the log, for imgs (B, 3, S, S). `model` and
+        `discriminator` are the modules to call, which DDP may wrap. With `measure`, the dict also
+        has the sizes of the gradients (grad_*).
 
-        Both losses come from the same forward passes. Therefore L_D must be differentiated for the
-        parameters of D alone, as if the fakes were detached, and L_G for those of the generator."""
+        Both losses come from the same forward passes. The caller must differentiate L_D by the
+        parameters of the discriminator alone and L_G by those of the generator alone. The gradients
+        are then the same as with a forward pass for each loss."""
         with_r1 = self.ada and self.r1_gamma > 0 and step % self.r1_every == 0
         with_path = self.ada and self.path_weight > 0 and step % self.path_every == 0
         fake, real, tokens = generate(model, imgs, for_path=with_path)
         fake_features, real_features = self.features(fake, real)
-        fake_score, real_score, seen = self.scores(discriminator, fake, real, for_r1=with_r1)
+        fake_score, real_score, scored = self.scores(discriminator, fake, real, for_r1=with_r1)
         self.real_scores.append(real_score.detach())
 
         terms = dict(
@@ -478,7 +525,7 @@ class Adversary(nn.Module):
             stats |= gradient_sizes(weighted, fake[0])
 
         if with_r1:
-            stats["r1"] = r1_penalty(real_score, seen)
+            stats["r1"] = r1_penalty(real_score, scored)
             d_loss = d_loss + self.r1_every * self.r1_gamma / 2 * stats["r1"]
         if with_path:
             stats["path"] = self.path_length(fake[0], tokens)
@@ -486,8 +533,9 @@ class Adversary(nn.Module):
         return g_loss, d_loss, stats
 
     def features(self, fake: list[Tensor], real: list[Tensor]) -> tuple[list, list]:
-        """Feature maps of fakes and of real images in the frozen copy of D, the latter without
-        gradient. `normalize_features` divides both by the root mean square of the real map."""
+        """Feature maps of fakes and of real images in the frozen copy. Those of real images have no
+        gradient. With `normalize_features`, both are divided by the root mean square of the real
+        map."""
         with torch.no_grad():
             _, real_features = self.frozen(real)
         _, fake_features = self.frozen(fake)
@@ -499,26 +547,27 @@ class Adversary(nn.Module):
 
     def scores(self, discriminator: nn.Module, fake: list[Tensor], real: list[Tensor],
                for_r1: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Scores (B,) of fakes and of real images, and the real images as D saw them: augmented,
-        and `for_r1` with a gradient."""
+        """Scores (B,) of fakes and of real images, and the real images that were scored: in msg-ada
+        they are augmented, and with `for_r1` they require a gradient."""
         if self.ada:
             fake, real = self.augment(fake), self.augment(real)
         fake_score, _ = discriminator(fake)
         real = [image.detach().requires_grad_(for_r1) for image in real]
-        # R1 needs fp32: autocast would also round the products within its gradient.
+        # R1 needs fp32: autocast would also round the products in its gradient.
         with torch.autocast(real[0].device.type, enabled=False) if for_r1 else nullcontext():
             real_score, _ = discriminator(real)
         return fake_score, real_score, real
 
     def score_statistics(self, fake_score: Tensor, real_score: Tensor) -> dict[str, Tensor]:
-        """Of scores (B,) the means, and the shares of images that D is right about."""
+        """The mean scores, and the shares of images that are judged correctly, from scores (B,)."""
         return dict(
-            real_score=real_score.mean(), d_acc_real=(real_score > self.border).float().mean(),
-            fake_score=fake_score.mean(), d_acc_fake=(fake_score < self.border).float().mean(),
+            real_score=real_score.mean(), d_acc_real=(real_score > self.threshold).float().mean(),
+            fake_score=fake_score.mean(), d_acc_fake=(fake_score < self.threshold).float().mean(),
         )  # fmt: skip
 
     def end_step(self, batch_size: int) -> None:
-        """After a step of `batch_size` images over all processes: what follows from its scores."""
+        """Updates the running mean of the path length and the probability p of augmentations. Call
+        it once a step; `batch_size` counts the images of the step in all processes."""
         self.path_length.update()
         if self.ada:
             self.augment.update(torch.cat(self.real_scores), batch_size)
@@ -526,12 +575,14 @@ class Adversary(nn.Module):
 
 
 def generate(model: nn.Module, imgs: Tensor, for_path: bool = False):
-    """imgs (B, 3, S, S) -> fake, real, tokens. The first two are lists of images (B, 3, s, s) of
-    the same sizes, largest first: reconstructions by `model`, a PerceptualMAE that DDP may wrap,
-    and imgs themselves. The path length needs the decoder's tokens (B, 1+n, D) and a second
-    derivative: `for_path` provides both. Without it, tokens is None."""
+    """Reconstructs imgs (B, 3, S, S) by `model`, a PerceptualMAE that DDP may wrap.
+
+    Returns fake, real and tokens. `fake` are the reconstructions and `real` the images themselves:
+    lists of (B, 3, s, s) with the same sizes, largest first. With `for_path`, `tokens` (B, 1+n, D)
+    are those that the decoder took, and `fake` has a second derivative; else `tokens` is None."""
     if for_path:
-        with torch.compiler.set_stance("force_eager"):  # compiled, it has no second derivative
+        # A compiled model has no second derivative.
+        with torch.compiler.set_stance("force_eager"):
             reconstruction, _, tokens = model(imgs, for_path=True)
     else:
         reconstruction, _ = model(imgs)
@@ -541,12 +592,12 @@ def generate(model: nn.Module, imgs: Tensor, for_path: bool = False):
 
 
 def gradient_sizes(terms: dict[str, Tensor], image: Tensor) -> dict[str, Tensor]:
-    """The root mean square over pixels of each term's gradient at `image` (B, 3, S, S), from which
-    the terms were computed. The unit is the gradient of L_pix, which has the same size in every
-    pixel."""
+    """The root mean square over pixels of each term's gradient at the reconstruction `image` (B, 3,
+    S, S), for the log (grad_*). The unit is the size of L_pix's gradient, which is equal in all
+    pixels."""
     sizes = {}
     for name, term in terms.items():
-        total = term * image.numel()  # L_pix is a mean: its gradient in a pixel is 1 / numel
+        total = term * image.numel()  # L_pix is a mean: its gradient in a pixel is +-1 / numel
         (gradient,) = torch.autograd.grad(total, image, retain_graph=True)
         sizes[f"grad_{name}"] = gradient.square().mean().sqrt()
     return sizes
@@ -556,76 +607,97 @@ def gradient_sizes(terms: dict[str, Tensor], image: Tensor) -> dict[str, Tensor]
 
 
 def r1_penalty(real_score: Tensor, images: list[Tensor]) -> Tensor:
-    """Squared norm of D's gradient (Mescheder et al. 2018), summed over scales, mean over images.
-    Scores (B,), made in fp32 from images that require a gradient."""
+    """R1 (Mescheder et al. 2018): the squared norm of the gradient of a score by its image, summed
+    over the scales of the image, mean over images. `images` must require a gradient, and real_score
+    (B,) must have been computed from them in fp32."""
     with torch.autocast(real_score.device.type, enabled=False):
         gradients = torch.autograd.grad(real_score.sum(), images, create_graph=True)
         return sum(gradient.square().sum(dim=(1, 2, 3)) for gradient in gradients).mean()
 
 
 class PathLength(nn.Module):
-    """Path length penalty (Karras et al. 2020, StyleGAN2): a step of fixed length in the tokens
-    should change the image by a fixed amount, whatever the tokens and the direction. The running
-    mean starts at the first measurement, not at 0, which would pull all lengths to 0."""
+    """Path length penalty (Karras et al. 2020, StyleGAN2), with the decoder's input tokens in the
+    place of StyleGAN2's latent code: a small change of the tokens should change the image by an
+    amount that does not depend on the tokens or on the direction.
+
+    For each image, |J'n| is measured, where J is the derivative of the image by the tokens and n is
+    random noise. The penalty is the squared difference between |J'n| and its running mean. The
+    running mean starts at the first measurement: if it started at 0, it would pull all lengths to
+    0, and the penalty would outweigh L_pix."""
 
     def __init__(self, decay: float = 0.01):
         super().__init__()
-        self.decay, self.pending = decay, []
-        self.register_buffer("mean", torch.zeros(()))
+        self.decay = decay
+        self.pending = []  # mean lengths of the micro-batches since the last update
+        self.register_buffer("mean", torch.zeros(()))  # 0 before the first measurement
 
     def forward(self, imgs: Tensor, tokens: Tensor) -> Tensor:
-        """imgs (B, C, H, W) made from tokens (B, n, D) -> mean squared difference of the lengths to
-        their running mean. Needs the second derivative of everything in between."""
+        """The penalty for imgs (B, C, H, W) that were computed from tokens (B, n, D), mean over the
+        images. Everything between the two must have a second derivative. The norm |.| is the root
+        mean square over tokens of the Euclidean norm over their D channels."""
         noise = torch.randn_like(imgs) / math.sqrt(imgs[0, 0].numel())
         (gradient,) = torch.autograd.grad((imgs * noise).sum(), tokens, create_graph=True)
         lengths = (gradient.float().square().sum(dim=2).mean(dim=1) + 1e-12).sqrt()
-        first = lengths.detach().mean()
-        self.pending.append(first)
-        return (lengths - torch.where(self.mean > 0, self.mean, first)).square().mean()
+        mean_length = lengths.detach().mean()
+        self.pending.append(mean_length)
+        return (lengths - torch.where(self.mean > 0, self.mean, mean_length)).square().mean()
 
     def update(self) -> None:
-        """Once a step, so that micro-batches are measured against the same mean."""
+        """Updates the running mean. Call it once a step, so that all micro-batches are compared
+        with the same mean."""
         if self.pending:
             lengths = common.mean_over_processes(torch.stack(self.pending).mean())
-            self.mean.lerp_(lengths, torch.where(self.mean > 0, self.decay, 1.0))
+            share = torch.where(self.mean > 0, self.decay, 1.0)  # 1: the first measurement
+            self.mean.lerp_(lengths, share)
             self.pending = []
 
 
 class AdaptiveAugment(nn.Module):
-    """Augmentation of all that D sees (Karras et al. 2020, "bgc": flips, turns, shifts; scaling,
-    rotation; colour), with a probability p that rises while D is too sure of real images."""
+    """Augmentation of all images that the discriminator sees (Karras et al. 2020, "bgc"): flips,
+    turns by 90 degrees, shifts, scaling, rotation, change of aspect, and colour. Each operation is
+    switched on with probability p. Every `every` steps, p rises if the mean sign of the scores of
+    real images is above `target`, and falls if it is below, at a speed of 1 in `speed` images.
+
+    Images are resampled bilinearly, without the low-pass filters of Karras et al."""
 
     def __init__(self, target: float = 0.6, every: int = 4, speed: int = 500_000):
         super().__init__()
         self.target, self.every, self.speed = target, every, speed
-        self.p, self.signs, self.images = 0.0, [], 0  # signs, images: since the last check
+        self.p = 0.0
+        self.signs = []  # of the real scores: the mean in each step since the last adjustment
+        self.images = 0  # number of images since the last adjustment
 
     def forward(self, pyramid: list[Tensor]) -> list[Tensor]:
-        """Normalised images (B, 3, S, S), largest first -> the same, every image changed by one
-        affine map and one colour map at all its scales. Reflected at the borders."""
+        """Augments normalised images (B, 3, s, s), largest first. All scales of an image undergo
+        the same affine map and the same colour map. Images are reflected at their borders."""
         if self.p == 0:
             return pyramid
-        (count, _, _, size), device = pyramid[0].shape, pyramid[0].device
+        count, _, _, size = pyramid[0].shape
+        device = pyramid[0].device
         with torch.autocast(device.type, enabled=False):
-            maps = random_affine(count, self.p, size), *random_colour(count, self.p)
-            affine, colour, offset = (x.to(device, non_blocking=True) for x in maps)
+            affine = random_affine(count, self.p, size).to(device, non_blocking=True)
+            matrix, offset = random_colour(count, self.p)
+            matrix = matrix.to(device, non_blocking=True)
+            offset = offset.to(device, non_blocking=True)
             result = []
             for imgs in pyramid:
                 grid = F.affine_grid(affine, list(imgs.shape), align_corners=False)
                 imgs = F.grid_sample(imgs, grid, padding_mode="reflection", align_corners=False)
-                result.append((colour @ imgs.flatten(2) + offset).view_as(imgs))
+                result.append((matrix @ imgs.flatten(2) + offset).view_as(imgs))
         return result
 
     def update(self, real_scores: Tensor, batch_size: int) -> None:
-        """Once a step: D's scores (b,) of real images in this process, and how many images all the
-        processes saw. Every 4 steps r_t = E[sign D(x)] is compared with 0.6, and p goes up or down
-        at a speed of 1 in 500 000 images."""
+        """Adjusts p. Call it once a step with the scores (b,) of the real images in this process;
+        `batch_size` counts the images of the step in all processes."""
         self.signs.append(common.mean_over_processes(real_scores.detach().sign().mean()))
         self.images += batch_size
         if len(self.signs) == self.every:
-            r_t = sum(self.signs).item() / self.every
-            step = math.copysign(self.images / self.speed, r_t - self.target)
-            self.p = min(max(self.p + (r_t != self.target) * step, 0.0), 1.0)
+            mean_sign = sum(self.signs).item() / self.every
+            change = self.images / self.speed
+            if mean_sign > self.target:
+                self.p = min(self.p + change, 1.0)
+            elif mean_sign < self.target:
+                self.p = max(self.p - change, 0.0)
             self.signs, self.images = [], 0
 
     def get_extra_state(self) -> dict:
@@ -636,83 +708,101 @@ class AdaptiveAugment(nn.Module):
 
 
 def random_affine(count: int, p: float, size: int) -> Tensor:
-    """Maps (count, 2, 3) from places in the result to places in the image, sides at -1 and 1. Each
-    operation is switched on with probability p; off, its parameter is 0 and it does nothing.
-    Inverting one negates its parameter, which leaves the distribution as it is. Made on the CPU:
-    many operations on a few numbers."""
+    """Random affine maps (count, 2, 3) for images of `size` pixels a side.
+
+    Each map takes a point of the result to the point of the image that is shown there, as torch's
+    affine_grid expects; the sides of the image are at -1 and 1. It is therefore the product of the
+    inverses of the operations in the list. The inverse has the negative parameter, which has the
+    same distribution, so that the parameter of the inverse is drawn directly. An operation is
+    switched on with probability p. If it is off, its parameter is 0 and it changes nothing.
+
+    The maps are computed on the CPU, because they take many operations on a few numbers."""
 
     def switched(x: Tensor, chance: float = p) -> Tensor:
         return x * (torch.rand(count) < chance)
 
-    def uniform() -> Tensor:
+    def uniform() -> Tensor:  # in -1..1
         return 2 * torch.rand(count) - 1
 
     def matrix(a=1.0, b=0.0, c=0.0, d=1.0, x=0.0, y=0.0) -> Tensor:  # homogeneous (count, 3, 3)
-        rows = [[a, b, x], [c, d, y], [0.0, 0.0, 1.0]]
-        entries = [torch.as_tensor(entry).expand(count) for row in rows for entry in row]
-        return torch.stack(entries, dim=1).view(count, 3, 3)
+        entries = [a, b, x, c, d, y, 0.0, 0.0, 1.0]  # row by row: numbers or tensors (count,)
+        columns = [torch.as_tensor(entry).expand(count) for entry in entries]
+        return torch.stack(columns, dim=1).view(count, 3, 3)
 
     def rotation(angle: Tensor) -> Tensor:
         return matrix(angle.cos(), -angle.sin(), angle.sin(), angle.cos())
 
-    half = 1 - math.sqrt(1 - p)  # of two rotations, which make p that there is any
-    scale, aspect = (2 ** switched(0.2 * torch.randn(count)) for _ in range(2))
-    whole, part = switched(torch.ones(count)) * 2 / size, switched(torch.ones(count)) * 2
-    return functools.reduce(torch.matmul, [
-        matrix(a=1 - 2 * switched((uniform() > 0).float())),
+    # There are two rotations; with this probability for each, p is the probability of any.
+    rotation_chance = 1 - math.sqrt(1 - p)
+    scale = 2 ** switched(0.2 * torch.randn(count))
+    aspect = 2 ** switched(0.2 * torch.randn(count))
+    pixel = switched(torch.ones(count)) * 2 / size  # 0 where the shift by whole pixels is off
+    side = switched(torch.ones(count)) * 2  # 0 where the shift by fractions is off
+    operations = [
+        matrix(a=1 - 2 * switched((uniform() > 0).float())),  # horizontal flip
         rotation(switched((4 * torch.rand(count)).floor()) * (math.pi / 2)),
-        matrix(x=whole * (size / 8 * uniform()).round(), y=whole * (size / 8 * uniform()).round()),
+        matrix(x=pixel * (size / 8 * uniform()).round(), y=pixel * (size / 8 * uniform()).round()),
         matrix(a=scale, d=scale),
-        rotation(switched(math.pi * uniform(), half)),
+        rotation(switched(math.pi * uniform(), rotation_chance)),
         matrix(a=aspect, d=1 / aspect),
-        rotation(switched(math.pi * uniform(), half)),
-        matrix(x=part * torch.randn(count) / 8, y=part * torch.randn(count) / 8),
-    ])[:, :2]  # fmt: skip
+        rotation(switched(math.pi * uniform(), rotation_chance)),
+        matrix(x=side * torch.randn(count) / 8, y=side * torch.randn(count) / 8),
+    ]
+    product = operations[0]
+    for operation in operations[1:]:
+        product = product @ operation
+    return product[:, :2]
 
 
 def random_colour(count: int, p: float) -> tuple[Tensor, Tensor]:
-    """Matrices (count, 3, 3) and offsets (count, 3, 1) for normalised RGB. Brightness b, contrast
-    c, luma flip, hue rotation and saturation s, in this order, of colours in -1..1. The last four
-    leave the grey axis and the plane across it apart: their product has a closed form."""
+    """Random colour maps for normalised RGB: matrices (count, 3, 3) and offsets (count, 3, 1).
+
+    The operations are brightness, contrast, luma flip, hue rotation and saturation, in this order,
+    for colours in -1..1. Each is switched on with probability p. The last four keep the grey axis
+    and the plane across it apart, so that their product has a closed form."""
 
     def switched(x: Tensor) -> Tensor:
         return (x * (torch.rand(count) < p)).view(count, 1, 1)
 
-    b = switched(0.2 * torch.randn(count))
-    c = 2 ** switched(0.5 * torch.randn(count))
+    brightness = switched(0.2 * torch.randn(count))
+    contrast = 2 ** switched(0.5 * torch.randn(count))
     flip = switched((torch.rand(count) < 0.5).float())
     hue = switched(math.pi * (2 * torch.rand(count) - 1))
-    s = 2 ** switched(torch.randn(count))
+    saturation = 2 ** switched(torch.randn(count))
+    # Projections on the grey axis and on the plane across it; a turn by 90 degrees in this plane.
     grey = torch.full((3, 3), 1 / 3)
     plane = torch.eye(3) - grey
     turn = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
-    matrix = c * ((1 - 2 * flip) * grey + s * (hue.cos() * plane + hue.sin() * turn))
+    rotated = hue.cos() * plane + hue.sin() * turn
+    matrix = contrast * ((1 - 2 * flip) * grey + saturation * rotated)
+    # scale * x + origin takes a normalised colour x to -1..1, where the matrix is applied.
     mean, std = (torch.tensor(x).view(3, 1) for x in (common.MEAN, common.STD))
-    scale, origin = 2 * std, 2 * mean - 1  # normalised x is scale * x + origin in -1..1
-    return matrix * scale.T / scale, (matrix @ (origin + b) - origin) / scale
+    scale, origin = 2 * std, 2 * mean - 1
+    return matrix * scale.T / scale, (matrix @ (origin + brightness) - origin) / scale
 
 
 # ------------------------------------------------------------------------------ training
 
 
 def generator_lr(run: common.Run) -> float:
-    """The learning rate of this step: warm-up and cosine, or the peak learning rate, multiplied by
-    --lr-decay every 30 epochs."""
+    """The generator's learning rate at this step: warm-up and cosine, or with --lr-decay the peak
+    learning rate, multiplied by that number every 30 epochs."""
     if run.cfg.lr_decay is None:
         return common.warmup_cosine(run.step, run.total, run.warmup, run.peak_lr)
     return run.peak_lr * run.cfg.lr_decay ** ((run.epoch - 1) // 30)
 
 
 def discriminator_lr(run: common.Run) -> float:
-    """D follows the generator's warm-up and cosine: with a constant learning rate it would win when
-    the generator's goes to 0. With --lr-decay it is constant, as in the authors' code."""
+    """The discriminator's learning rate at this step. With --lr-decay it is constant, as in the
+    authors' code. Otherwise it follows the generator's warm-up and cosine: with a constant learning
+    rate, the discriminator would win when that of the generator goes to 0."""
     if run.cfg.lr_decay is None:
         return run.cfg.disc_lr * run.lr / run.peak_lr
     return run.cfg.disc_lr
 
 
 def mae_step(run: common.Run, model: nn.Module, optimizer, micro_batches) -> None:
-    """MAE: the squared error of hidden patches."""
+    """One optimiser step with MAE's loss."""
     cfg = run.cfg
     for imgs, _ in micro_batches:
         with run.autocast():
@@ -725,7 +815,7 @@ def mae_step(run: common.Run, model: nn.Module, optimizer, micro_batches) -> Non
 
 
 def image_step(run: common.Run, model: nn.Module, optimizer, micro_batches) -> None:
-    """L_ssim or L_pix alone: images are compared without a discriminator."""
+    """One optimiser step with L_ssim or with L_pix alone, without a discriminator."""
     cfg = run.cfg
     for imgs, _ in micro_batches:
         with run.autocast():
@@ -742,8 +832,8 @@ def image_step(run: common.Run, model: nn.Module, optimizer, micro_batches) -> N
 
 def gan_step(run: common.Run, model: nn.Module, discriminator: nn.Module, adversary: Adversary,
              optimizer, d_optimizer, micro_batches) -> None:
-    """Both players step at the same time. The copy of D is refreshed before that if it is due; the
-    sizes of gradients are measured in the last step of an epoch or run."""
+    """One optimiser step of generator and discriminator. If the frozen copy is due, it is renewed
+    first. The sizes of gradients are measured at the last step of an epoch and of the run."""
     for group in d_optimizer.param_groups:
         group["lr"] = discriminator_lr(run)
     if run.step % max(1, round(run.cfg.refresh_epochs * run.loader.steps)) == 0:
@@ -755,39 +845,41 @@ def gan_step(run: common.Run, model: nn.Module, discriminator: nn.Module, advers
         run.backward(d_loss, inputs=trainable(discriminator), retain_graph=True)
         run.backward(g_loss, inputs=trainable(model))
         run.log(**stats)
-        del g_loss, d_loss, stats  # and with them the graph, before the next is made
+        del g_loss, d_loss, stats  # frees the graph before the next one is built
     adversary.end_step(run.cfg.batch_size)
     run.update(optimizer, d_optimizer, norms=("g_norm", "d_norm"))
 
 
 def warn_of_few_images(run: common.Run) -> None:
-    """The minibatch standard deviation of an MSGDiscriminator compares the images of a micro-batch.
-    Of one image it is 0, of two or three a rough estimate."""
+    """Prints a warning if micro-batches are too small for the minibatch standard deviation of an
+    MSGDiscriminator: for one image it is 0, for two or three a rough estimate."""
     count = run.loader.micro_batch
     if run.cfg.variant in ("msg", "msg-ada") and count < 4:
         run.print(
             f"  warning: a micro-batch should have at least 4 images, not {count}, because the "
-            "discriminator compares them: take fewer processes, a smaller --accumulate or a larger "
+            "discriminator compares them: use fewer processes, a smaller --accumulate or a larger "
             "--batch-size"
         )
 
 
 def epoch_results(adversary: Adversary | None) -> dict[str, float]:
-    """What the log shows as it is at an epoch's end: p of the augmentation."""
+    """What the log has in addition to the means of an epoch: p of the augmentation at its end."""
     if adversary is None or not adversary.ada:
         return {}
     return dict(ada_p=adversary.augment.p)
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that require a gradient, which excludes the fixed position embeddings."""
     return [p for p in model.parameters() if p.requires_grad]
 
 
 @torch.no_grad()
 def reconstruct(model: PerceptualMAE, imgs: Tensor, norm_pix: bool) -> dict[str, Tensor]:
-    """Rows of the reconstruction picture, label -> (N, 3, H, W) normalised images."""
-    pred, mask = model.forward(imgs)  # not compiled anew for this number of images
-    whole, *smaller = model.images(pred)
+    """Rows of the reconstruction picture, label -> normalised images (N, 3, H, W)."""
+    # forward, not model(...): a compiled model would be compiled again for this number of images.
+    reconstruction, mask = model.forward(imgs)
+    whole, *smaller = model.images(reconstruction)
     p = model.encoder.patch_size
     rows = common.reconstruction_rows(imgs, common.patchify(whole, p), mask, p, norm_pix)
     for image in smaller:
@@ -797,14 +889,16 @@ def reconstruct(model: PerceptualMAE, imgs: Tensor, norm_pix: bool) -> dict[str,
 
 
 def build(cfg: Config) -> PerceptualMAE:
+    """The generator of a variant: encoder and decoder."""
     encoder = cfg.vit()
-    decoder = MSGDecoder if cfg.variant.startswith("msg") else common.Decoder
-    decoder = decoder(encoder, cfg.decoder_dim, cfg.decoder_depth, cfg.decoder_heads)
+    kind = MSGDecoder if cfg.variant.startswith("msg") else common.Decoder
+    decoder = kind(encoder, cfg.decoder_dim, cfg.decoder_depth, cfg.decoder_heads)
     return PerceptualMAE(encoder, decoder, cfg.mask_ratio)
 
 
 def build_adversary(cfg: Config) -> Adversary | None:
-    """None for a variant that has no discriminator, and where no loss that needs it has weight."""
+    """The discriminator and what belongs to it. None for mae and ssim, and if the weights of
+    L_feat, L_style and L_adv are all 0."""
     weights = cfg.feature_weight, cfg.style_weight, cfg.adv_weight
     if cfg.variant in ("mae", "ssim") or max(weights) == 0:
         return None
@@ -819,7 +913,8 @@ def build_adversary(cfg: Config) -> Adversary | None:
 
 @common.entry_point
 def main(cfg: Config, data=None) -> None:
-    """`data`: (training images, validation images or None), torch Datasets; None loads cfg.data."""
+    """Trains. `data`: two torch Datasets, (training images, validation images or None); without it,
+    cfg.data is loaded."""
     run = common.Run(cfg)
     model = build(cfg).to(run.device)
     if cfg.init_from and not run.resumes:
