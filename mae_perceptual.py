@@ -1,8 +1,8 @@
 """Perceptual MAE (Tukra, Hoffman and Chatfield, CVPR 2023, arXiv 2212.14504), and plain MAE.
 
 MAE (arXiv 2111.06377) compares its reconstruction with the image pixel by pixel. Perceptual MAE
-also compares their feature maps in a discriminator. This is trained alongside, so that no other
-network and no more data are needed. It learns to distinguish reconstructions from images, and the
+also compares their feature maps in a discriminator. This is trained alongside, so that it takes no
+pretrained network and no more data. It learns to distinguish reconstructions from images, and the
 generator (encoder and decoder) learns to deceive it. The paper adds two techniques of GAN training.
 With multi-scale gradients, the decoder also takes the outputs of earlier encoder blocks, and it
 makes images of several sizes, all of which the discriminator sees. StyleGAN2-ADA has a logistic
@@ -75,13 +75,13 @@ Deviations and their consequences
     Without --lr-decay, the discriminator has warm-up and cosine, too, or it would win in the end.
     BatchNorm (ls) and minibatch std (msg, msg-ada) see one micro-batch: it needs 4 images or more.
     Both players step at the same time, so that a step takes one forward pass of the generator.
-    R1 is taken after augmentation, because grid_sample has no second derivative. With 1/2 and 16,
-      it is 8 times the authors' at the same gamma (Karras et al. use 0.0002 side^2 / batch).
+    R1 is taken after augmentation, because grid_sample has no second derivative. Its factors 1/2
+      and 16 make it 8 times the authors' at equal gamma (Karras et al.: 0.0002 side^2 / batch).
     lr and betas are not corrected for lazy penalties: lr is 17/16 (L_D), 5/4 (L_G) of StyleGAN2's.
     path covers neither the smaller images nor the skips, so these are not regularised.
     L_ssim compares RGB images, the authors' code normalised ones, for which C1, C2 are not made.
-    Mended defects of the released code: perceptual losses without gradient, L1 counted twice, mean
-      scores squared, a copy that was not frozen, one fromRGB for two scales, unused blocks.
+    Mended defects of the released code: perceptual losses without gradient, L1 counted twice,
+      least squares of mean scores, a copy not frozen, one fromRGB for two scales, unused blocks.
 """
 
 import copy
@@ -101,7 +101,7 @@ import common
 
 @dataclass
 class Config(common.Config):
-    variant: Literal["mae", "ssim", "ls", "msg", "msg-ada"] = "msg-ada"  # see the first table
+    variant: Literal["mae", "ssim", "ls", "msg", "msg-ada"] = "msg-ada"  # see the table of variants
     norm_pix: bool = True  # mae only: predict each patch minus its mean, divided by its std
     decoder_dim: int = 512  # width of the decoder
     decoder_depth: int = 8  # blocks of the decoder; msg, msg-ada: at least one for each image scale
@@ -175,7 +175,7 @@ PRESETS = {
 
 def image_scales(img_size: int) -> list[int]:
     """Sides in pixels of the image pyramid: img_size, then its half, quarter, ..., as long as they
-    are whole numbers of at least 4. UserError if even the half is not."""
+    are whole numbers of at least 4. UserError if the half is no such number."""
     scales = [img_size]
     while scales[-1] % 2 == 0 and scales[-1] >= 8:
         scales.append(scales[-1] // 2)
@@ -548,7 +548,8 @@ class Adversary(nn.Module):
     def scores(self, discriminator: nn.Module, fake: list[Tensor], real: list[Tensor],
                for_r1: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Scores (B,) of fakes and of real images, and the real images that were scored: in msg-ada
-        they are augmented, and with `for_r1` they require a gradient."""
+        they are augmented, and with `for_r1` they require a gradient. Fakes and real images get
+        different random augmentations."""
         if self.ada:
             fake, real = self.augment(fake), self.augment(real)
         fake_score, _ = discriminator(fake)
@@ -832,8 +833,9 @@ def image_step(run: common.Run, model: nn.Module, optimizer, micro_batches) -> N
 
 def gan_step(run: common.Run, model: nn.Module, discriminator: nn.Module, adversary: Adversary,
              optimizer, d_optimizer, micro_batches) -> None:
-    """One optimiser step of generator and discriminator. If the frozen copy is due, it is renewed
-    first. The sizes of gradients are measured at the last step of an epoch and of the run."""
+    """One optimiser step of generator and discriminator, both at the same time. If the frozen copy
+    is due, it is renewed first. The sizes of gradients are measured at the last step of an epoch
+    and of the run."""
     for group in d_optimizer.param_groups:
         group["lr"] = discriminator_lr(run)
     if run.step % max(1, round(run.cfg.refresh_epochs * run.loader.steps)) == 0:
