@@ -28,7 +28,7 @@ Usage
 
 Equations and functions. x is the image, and y is the reconstruction of all its patches, visible
 ones too. Both are normalised. D is the discriminator, f_j a feature map of its frozen copy.
-    L_MAE   = mean over hidden patches of (y - x)^2, x normalised per patch      common.masked_mse
+    L_MAE   = mean over masked patches of (y - x)^2, x normalised per patch      common.masked_mse
     L_pix   = mean |y - x|                                                       pixel_loss
     L_feat  = sum_j mean |f_j(y) - f_j(x)|                                       feature_loss
     L_style = sum_j mean |G f_j(y) - G f_j(x)|, where G F = F F' / CHW           style_loss
@@ -258,7 +258,7 @@ class PerceptualMAE(nn.Module):
         self.encoder, self.decoder, self.mask_ratio = encoder, decoder, mask_ratio
 
     def forward(self, imgs: Tensor, for_path: bool = False):
-        """imgs (B, C, H, W) -> reconstruction and mask (B, L), True = hidden. The reconstruction is
+        """imgs (B, C, H, W) -> reconstruction and mask (B, L), True = masked. The reconstruction is
         a list of images, largest first (MSGDecoder), or patches (B, L, p*p*C) (common.Decoder).
 
         With `for_path`, also returns the tokens (B, 1+n, D) that the decoder took, and the decoder
