@@ -69,7 +69,6 @@ work. Groups are formed within a micro-batch, whose size must therefore be a mul
 contrastive loss is computed without autocast: in fp32 on a CPU, with TF32 products on a GPU.
 """
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -82,10 +81,10 @@ import common
 
 @dataclass
 class Config(common.Config):
-    mask_ratio: float = 0.75  # share of each image that the others hide: 0.75 mixes 4, 0.5 mixes 2
-    homologous_attention: bool = True  # patches attend to the few keys most like them
-    homologous_loss: bool = True  # patches are told which others are of the same image
-    segment: bool = True  # tokens are told the number of their image
+    mask_ratio: float = 0.75  # share of masked patches, 1 - 1/G: 0.75 mixes 4 images, 0.5 mixes 2
+    homologous_attention: bool = True  # a patch attends only to the patches most similar to it
+    homologous_loss: bool = True  # add the contrastive loss that pulls patches of an image together
+    segment: bool = True  # add an embedding to each token that marks the image it comes from
     tau: float = 0.25  # temperature of the contrastive loss
     homo_weight: float = 0.1  # weight of the contrastive loss
     decoder_dim: int = 512  # width of the decoder
@@ -100,17 +99,17 @@ class Config(common.Config):
 
 
 PRESETS = {
-    "demo": dict(  # ours, for two cores and two minutes
+    "demo": dict(  # our choice: it takes two minutes on two CPU cores
         data="shapes", img_size=32, patch_size=4, size="tiny", depth=3,
         decoder_dim=64, decoder_depth=1, decoder_heads=2, min_crop=0.5,
         epochs=3, batch_size=64, base_lr=6e-3, warmup_epochs=0.3, knn_every=10,
     ),
-    "cifar": dict(  # ours
+    "cifar": dict(  # our choice
         data="cifar10", img_size=32, patch_size=4, size="tiny",
         decoder_dim=96, decoder_depth=4, decoder_heads=3,
         epochs=200, batch_size=256, base_lr=1e-3, warmup_epochs=10,
     ),
-    "imagenet": dict(  # the paper's batch and MAE's recipe; 1600 epochs are its best
+    "imagenet": dict(  # MAE's recipe, the paper's batch; the paper's best result takes 1600 epochs
         data=None, img_size=224, patch_size=16, size="base", mask_ratio=0.75,
         decoder_dim=512, decoder_depth=8, decoder_heads=16, min_crop=0.2,
         epochs=800, batch_size=1024, base_lr=1.5e-4, warmup_epochs=40, weight_decay=0.05,
@@ -122,58 +121,73 @@ PRESETS = {
 
 
 def check_multiple(number: int, factor: int, mistake: str) -> None:
-    """UserError that names the nearest multiple of `factor` unless `number` is one."""
+    """Raises UserError if `number` is not a multiple of `factor`. The error consists of the text
+    `mistake` and the nearest multiple."""
     if number % factor:
         nearest = max(factor, round(number / factor) * factor)
         raise common.UserError(f"{mistake}; the nearest is {nearest}")
 
 
 def group_size_of(ratio: float, encoder: common.ViT) -> int:
-    """Images in a group, 1 / ratio. UserError if that is no whole number above 1, or if they cannot
-    share the patches, two or more for each: of one there is nothing to recognise."""
+    """The number G of images in a group, where `ratio` = 1 / G is the share of its patches that an
+    image gives to the mixture.
+
+    Raises UserError if 1 / ratio is not a whole number above 1, or if the G images cannot get
+    equally many patches of the encoder's grid, at least two each. An image with a single patch
+    would have no other patch to find."""
     size = max(2, round(1 / ratio))
-    if abs(size * ratio - 1) > 0.002:
+    if abs(size * ratio - 1) > 0.002:  # --mask-ratio 0.667 is close enough to 2/3
         raise common.UserError(
-            f"a group of G images hides 1 - 1/G of each; not {1 - ratio:g}, but --mask-ratio "
-            f"{1 - 1 / size:.3g} (G = {size}) can be had"
+            f"--mask-ratio {1 - ratio:g} does not fit: G mixed images mask 1 - 1/G of each image, "
+            f"so --mask-ratio {1 - 1 / size:.3g} (G = {size}) would be possible"
         )
     h, w = encoder.grid
     if h * w % size or h * w < 2 * size:
-        possible = (n for n in range(1, 2 * (h + size)) if n * n % size == 0 and n * n >= 2 * size)
-        nearest = min(possible, key=lambda n: abs(n - h)) * encoder.patch_size
+        sides = range(1, 2 * (h + size))  # of a square grid, in patches
+        possible = [n for n in sides if n * n % size == 0 and n * n >= 2 * size]
+        nearest = min(possible, key=lambda n: abs(n - h))
         raise common.UserError(
-            f"{h}x{w} = {h * w} patches cannot be shared by {size} images: that takes a multiple "
-            f"of {size}, and two for each; the nearest is --img-size {nearest}"
+            f"{h}x{w} = {h * w} patches cannot be shared by {size} images: the number of patches "
+            f"must be a multiple of {size} and at least {2 * size}; the nearest is --img-size "
+            f"{nearest * encoder.patch_size}"
         )
     return size
 
 
 def random_mixing(groups: int, group_size: int, num_patches: int, device=None, generator=None):
-    """source (groups, L) int64 in 0..group_size-1: the image that patch l of the mixture is of.
-    Uniformly random among the assignments that give each image exactly L / group_size patches.
-    UserError if that is no whole number."""
+    """Draws which image each patch of a mixture comes from: s(l) in the manual.
+
+    Returns source (groups, L) int64 in 0..group_size-1, uniformly random among the assignments that
+    give each image exactly L / group_size patches. Raises UserError if that is not a whole
+    number."""
     mistake = f"{num_patches} patches cannot be shared equally by {group_size} images"
     check_multiple(num_patches, group_size, mistake)
     noise = torch.rand(groups, num_patches, device=device, generator=generator)
-    return noise.argsort(dim=1) % group_size
+    permutation = noise.argsort(dim=1)  # each of 0..L-1 once, so each remainder equally often
+    return permutation % group_size
 
 
 def mix(tokens: Tensor, source: Tensor) -> Tensor:
-    """tokens (groups*G, L, D), source (groups, L) -> (groups, L, D): patch l of image source(l) of
-    the group, group by group. Patches stay where they were."""
+    """Mixes each group of G consecutive images: x_mix in the manual.
+
+    tokens (groups*G, L, D), source (groups, L) -> (groups, L, D). Patch l of a mixture is patch l
+    of image source(l) of the group, so that every patch stays at its place."""
     grouped = tokens.unflatten(0, (len(source), -1))
     return grouped.take_along_dim(source[:, None, :, None], dim=1)[:, 0]
 
 
 def own_patches(source: Tensor, group_size: int) -> Tensor:
-    """source (groups, L) -> (groups*G, L) bool: True where patch l of the mixture is image i's."""
+    """The patches that each image gives to its mixture: source (groups, L) -> (groups*G, L) bool,
+    True where source(l) is the number of the image in its group."""
     images = torch.arange(group_size, device=source.device)
     return (source[:, None] == images[:, None]).flatten(0, 1)
 
 
 def unmix(mixed: Tensor, source: Tensor, mask_token: Tensor, group_size: int) -> Tensor:
-    """mixed (groups, L, D), source (groups, L), mask_token (D,) -> (groups*G, L, D): for each image
-    of a group its own tokens in their places, the mask token in all others."""
+    """Separates the images of a mixture again: unmix_i in the manual.
+
+    mixed (groups, L, D), source (groups, L), mask_token (D,) -> (groups*G, L, D): for each image of
+    a group, its own tokens at their places, and the mask token at all other places."""
     own = own_patches(source, group_size).unflatten(0, (-1, group_size))
     tokens = torch.where(own[..., None], mixed[:, None], mask_token.to(mixed.dtype))
     return tokens.flatten(0, 1)
@@ -184,37 +198,44 @@ def unmix(mixed: Tensor, source: Tensor, mask_token: Tensor, group_size: int) ->
 
 @torch.no_grad()
 def topk_mask(q: Tensor, k: Tensor, topk: int) -> Tensor:
-    """q, k (B, heads, 1+L, d), cls first -> (B, heads, 1+L, 1+L), 0 where a query attends to a key,
-    else minus infinity: a patch attends to the `topk` patches of largest product, exactly, and to
-    cls; cls to all."""
+    """The attention mask of homologous attention, which is added to the logits.
+
+    q, k (B, heads, 1+L, d), class token first -> (B, heads, 1+L, 1+L): 0 where a query attends to a
+    key, and minus infinity elsewhere. A patch attends to the class token and to exactly `topk`
+    patches, those with the largest product q k. The class token attends to all tokens."""
     products = q[:, :, 1:] @ k[:, :, 1:].transpose(2, 3)
     largest = products.topk(topk, dim=3, sorted=False).indices
     mask = q.new_full((*q.shape[:3], k.shape[2]), -torch.inf)
-    mask[:, :, 0] = 0
-    mask[..., 0] = 0
+    mask[:, :, 0] = 0  # the query of the class token
+    mask[..., 0] = 0  # the key of the class token
     mask[:, :, 1:, 1:].scatter_(3, largest, 0)
     return mask
 
 
 def homologous_attention(q: Tensor, k: Tensor, v: Tensor, topk: int) -> Tensor:
-    """q, k, v (B, heads, 1+L, d), cls first -> (B, heads, 1+L, d): softmax attention in which each
-    patch query has all but cls and its `topk` best patch keys at minus infinity. The choice of the
-    keys has no gradient, the kept logits have."""
+    """Softmax attention of each patch to the class token and to the `topk` most similar patches.
+
+    q, k, v (B, heads, 1+L, d), class token first -> (B, heads, 1+L, d). See `topk_mask` for the
+    choice of the keys. Gradients flow through the logits that are kept, not through the choice."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=topk_mask(q, k, topk))
 
 
 def topk_accuracy(q: Tensor, k: Tensor, source: Tensor, topk: int) -> Tensor:
-    """Share of the kept patch keys that are of the query's own image (itself among them), over
-    heads and queries; 1 / group size by chance. q, k (B, heads, 1+L, d), source (B, L)."""
+    """The share of the `topk` most similar patches that come from the query's own image.
+
+    q, k (B, heads, 1+L, d), source (B, L) -> scalar, the mean over heads and patch queries. A patch
+    can be among its own `topk`, and then counts as a hit. By chance the share is 1 / G."""
     keep = topk_mask(q, k, topk)[:, :, 1:, 1:] == 0
     homologous = source[:, None, :, None] == source[:, None, None]
     return (keep & homologous).sum() / keep.sum()
 
 
 def homologous_contrastive_loss(z: Tensor, source: Tensor, tau: float) -> Tensor:
-    """z (groups, L, D), source (groups, L) -> scalar: among all other patches of its mixture, each
-    patch has to pick those of its own image, one or more, by cosine. Without autocast. log(L - 1)
-    if z tells nothing."""
+    """L_homo in the manual: among all other patches of its mixture, each patch has to pick the
+    patches of its own image by the cosine of their tokens.
+
+    z (groups, L, D), source (groups, L) -> scalar, computed without autocast. If all tokens are
+    equal, it is log(L - 1)."""
     with torch.autocast(z.device.type, enabled=False):
         z = F.normalize(z.float(), dim=2)
         logits = z @ z.transpose(1, 2) / tau
@@ -225,30 +246,40 @@ def homologous_contrastive_loss(z: Tensor, source: Tensor, tau: float) -> Tensor
 
 
 def own_image_auc(z: Tensor, source: Tensor) -> Tensor:
-    """z (groups, L, D), source (groups, L) -> scalar: of all patches l, a, b of a mixture, a and l
-    of one image, b of another, the share with cos(z_l, z_a) > cos(z_l, z_b), a tie as a half. It is
-    the mean area under the patches' ROC curves: 1 is best, 0.5 chance."""
+    """The probability that a token is closer to a token of its own image than to one of another.
+
+    z (groups, L, D), source (groups, L) -> scalar. Of all patches l, a and b of a mixture, where a
+    comes from the image of l and b does not, it is the share with cos(z_l, z_a) > cos(z_l, z_b); a
+    tie counts as a half. This is the area under the ROC curve of each patch l, averaged over the
+    patches: 1 is perfect, and 0.5 is chance."""
     z = F.normalize(z.float(), dim=2)
-    cosine, own = z @ z.mT, source[:, :, None] == source[:, None]
+    cosine = z @ z.mT
+    own = source[:, :, None] == source[:, None]
     itself = torch.eye(z.shape[1], dtype=torch.bool, device=z.device)
-    mine = cosine[own & ~itself].view(*source.shape, -1)  # of each patch l the same number
+    # All images have equally many patches, so every patch l has K - 1 values in `mine` and L - K in
+    # `others`, and the selected values form rectangular tensors.
+    mine = cosine[own & ~itself].view(*source.shape, -1)
     others = cosine[~own].view(*source.shape, -1).sort(dim=2).values
-    lower, ties = torch.searchsorted(others, mine), torch.searchsorted(others, mine, right=True)
-    return ((lower + ties) / 2 / others.shape[2]).mean()
+    below = torch.searchsorted(others, mine)  # how many others are smaller
+    not_above = torch.searchsorted(others, mine, right=True)  # how many are smaller or equal
+    return ((below + not_above) / 2 / others.shape[2]).mean()
 
 
 class MixedAE(nn.Module):
-    """Groups of G = 1 / `ratio` images become one mixture each; it is encoded and un-mixed, and all
-    G images are decoded. `plain_blocks`: how many of the first blocks have ordinary attention.
+    """Mixes each group of G = 1 / `ratio` images, encodes the mixture, separates its tokens again,
+    and decodes all G images. The first `plain_blocks` blocks of the encoder have ordinary
+    attention. With `homo_weight` 0, the contrastive loss is computed but not added.
 
-    The encoder stays an ordinary ViT: with the same weights it is evaluated with ordinary attention
-    on whole images. UserError if the images of a group cannot share the places equally."""
+    The encoder stays an ordinary ViT: it is evaluated on whole images, with ordinary attention and
+    the same weights. Raises UserError if the images of a group cannot get equally many patches (see
+    `group_size_of`)."""
 
     def __init__(self, encoder: common.ViT, decoder: common.Decoder, ratio: float = 0.25,
                  tau: float = 0.25, homo_weight: float = 0.1, homologous_attention: bool = True,
                  segment: bool = True, plain_blocks: int = 1):
         super().__init__()
-        self.encoder, self.decoder, self.tau, self.homo_weight = encoder, decoder, tau, homo_weight
+        self.encoder, self.decoder = encoder, decoder
+        self.tau, self.homo_weight = tau, homo_weight
         self.homologous_attention, self.plain_blocks = homologous_attention, plain_blocks
         self.group_size = group_size_of(ratio, encoder)
         self.topk = encoder.num_patches // self.group_size
@@ -257,36 +288,44 @@ class MixedAE(nn.Module):
             nn.init.normal_(self.segment.weight, std=0.02)
 
     def encode(self, imgs: Tensor, source: Tensor, segments=True) -> tuple[Tensor, Tensor]:
-        """imgs (groups*G, C, H, W), source (groups, L) -> tokens (groups, 1+L, D) after the norm,
-        and topk_accuracy of the last block. `segments` False leaves their embedding out."""
-        vit, queries, keys = self.encoder, [], []  # queries and keys of each block
+        """Mixes and encodes images. With `segments` False, the segment embedding is left out.
+
+        imgs (groups*G, C, H, W), source (groups, L) -> tokens (groups, 1+L, D) after the final
+        norm, and the topk_accuracy of the last block."""
+        vit = self.encoder
+        # Each patch stays at its place, so mixing before the embedding gives the same tokens.
         x = vit.embed_patches(mix(common.patchify(imgs, vit.patch_size), source))
         if segments and self.segment is not None:
-            x = x + F.pad(self.segment(source), (0, 0, 1, 0))  # none for the class token
+            x = x + F.pad(self.segment(source), (0, 0, 1, 0))  # the class token gets none
+        queries_and_keys = []  # of each block
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, homologous: bool) -> Tensor:
-            queries.append(q.detach())
-            keys.append(k.detach())
-            if homologous:
-                return homologous_attention(q, k, v, self.topk)
+        def attend_to_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            queries_and_keys.append((q.detach(), k.detach()))
             return F.scaled_dot_product_attention(q, k, v)
+
+        def attend_to_similar(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            queries_and_keys.append((q.detach(), k.detach()))
+            return homologous_attention(q, k, v, self.topk)
 
         for i, block in enumerate(vit.blocks):
             homologous = self.homologous_attention and i >= self.plain_blocks
-            x = block(x, functools.partial(attend, homologous=homologous))
-        return vit.norm(x), topk_accuracy(queries[-1], keys[-1], source, self.topk)
+            x = block(x, attend_to_similar if homologous else attend_to_all)
+        q, k = queries_and_keys[-1]
+        return vit.norm(x), topk_accuracy(q, k, source, self.topk)
 
     def decode(self, tokens: Tensor, source: Tensor) -> Tensor:
-        """tokens (groups, 1+L, D), source (groups, L) -> (groups*G, L, p*p*C), every patch of all
-        images. cls, which stands for the whole mixture, goes to each of them."""
+        """Predicts every patch of every image: tokens (groups, 1+L, D), source (groups, L) ->
+        (groups*G, L, p*p*C). All images of a group get the class token of their mixture."""
         x = self.decoder.embed(tokens)
         cls = x[:, :1].repeat_interleave(self.group_size, dim=0)
         patches = unmix(x[:, 1:], source, self.decoder.mask_token[0, 0], self.group_size)
         return self.decoder.decode(torch.cat([cls, patches], dim=1) + self.decoder.pos_embed)
 
     def predict(self, imgs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """imgs (B, C, H, W), B divisible by G -> prediction (B, L, p*p*C), source (B/G, L), tokens
-        (B/G, 1+L, D), topk_accuracy. UserError for an incomplete group."""
+        """Mixes images at random, encodes the mixtures and decodes all images.
+
+        imgs (B, C, H, W) -> the prediction (B, L, p*p*C), source (B/G, L), the encoder's tokens
+        (B/G, 1+L, D), and topk_accuracy. Raises UserError if B is not a multiple of G."""
         mistake = f"{len(imgs)} images do not fill groups of {self.group_size}"
         check_multiple(len(imgs), self.group_size, mistake)
         groups, num_patches = len(imgs) // self.group_size, self.encoder.num_patches
@@ -295,8 +334,9 @@ class MixedAE(nn.Module):
         return self.decode(tokens, source), source, tokens, accuracy
 
     def forward(self, imgs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """imgs (B, C, H, W), B divisible by G; consecutive images make a group. -> the loss, and
-        stats: recon, homo, topk_accuracy, without gradient."""
+        """The loss L of the manual. imgs (B, C, H, W), where B is a multiple of G: consecutive
+        images form a group. Returns the loss and, without gradient, the stats recon, homo and
+        topk_accuracy."""
         pred, source, tokens, accuracy = self.predict(imgs)
         target = common.patchify(imgs, self.encoder.patch_size)
         recon = common.masked_mse(pred, target, ~own_patches(source, self.group_size))
@@ -309,28 +349,33 @@ class MixedAE(nn.Module):
 
 
 @torch.no_grad()
-def recognition(model: MixedAE, imgs: Tensor) -> dict[str, float]:
-    """topk_content, homo_content and own_image_auc, so without segments: of imgs (N, C, H, W),
-    in groups and mixtures that are random, but the same every time."""
+def measure_recognition(model: MixedAE, imgs: Tensor) -> dict[str, float]:
+    """Measures how well patches recognise their image by content: topk_content, own_image_auc and
+    homo_content of imgs (N, C, H, W), without segment embeddings. The groups and mixtures are
+    random, but the same in every call."""
     size, generator = model.group_size, common.seeded("recognition")
     groups = max(1, len(imgs) // size)
+    # The images are shuffled, because neighbours in a data set are often of the same class. If they
+    # are too few for a group, they are repeated.
     order = torch.randperm(max(size, len(imgs)), generator=generator)[: groups * size]
     imgs = imgs[order % len(imgs)]
     source = random_mixing(groups, size, model.encoder.num_patches, generator=generator)
     source = source.to(imgs.device)
     tokens, accuracy = model.encode(imgs, source, segments=False)
-    z = tokens[:, 1:]
-    results = dict(topk_content=accuracy, own_image_auc=own_image_auc(z, source),
-                   homo_content=homologous_contrastive_loss(z, source, model.tau))  # fmt: skip
-    return {name: x.item() for name, x in results.items()}
+    patch_tokens = tokens[:, 1:]
+    homo = homologous_contrastive_loss(patch_tokens, source, model.tau)
+    auc = own_image_auc(patch_tokens, source)
+    return dict(topk_content=accuracy.item(), own_image_auc=auc.item(), homo_content=homo.item())
 
 
 @torch.no_grad()
 def reconstruct(model: MixedAE, imgs: Tensor) -> dict[str, Tensor]:
-    """Rows of the reconstruction picture, label -> (N, 3, H, W) normalised images; consecutive
-    images make a group, and the first ones fill up the last group."""
+    """Reconstructs imgs (N, 3, H, W) and returns the rows of the picture, label -> normalised
+    images (N', 3, H, W). Consecutive images form a group. If the last group is incomplete, the
+    first images fill it up, so that N' is a multiple of G."""
     vit, size = model.encoder, model.group_size
-    imgs = imgs[torch.arange(math.ceil(len(imgs) / size) * size) % len(imgs)]
+    filled_up = math.ceil(len(imgs) / size) * size
+    imgs = imgs[torch.arange(filled_up) % len(imgs)]
     pred, source, _, _ = model.predict(imgs)
     rows = common.reconstruction_rows(imgs, pred, ~own_patches(source, size), vit.patch_size)
     mixed = mix(common.patchify(imgs, vit.patch_size), source).repeat_interleave(size, dim=0)
@@ -343,23 +388,26 @@ def reconstruct(model: MixedAE, imgs: Tensor) -> dict[str, Tensor]:
 
 
 def build(cfg: Config) -> MixedAE:
+    """The model of these settings, with fresh weights."""
     encoder = cfg.vit()
     decoder = common.Decoder(encoder, cfg.decoder_dim, cfg.decoder_depth, cfg.decoder_heads)
     return MixedAE(
         encoder, decoder, ratio=1 - cfg.mask_ratio, tau=cfg.tau,
-        homo_weight=cfg.homo_weight * cfg.homologous_loss,
+        homo_weight=cfg.homo_weight if cfg.homologous_loss else 0.0,
         homologous_attention=cfg.homologous_attention, segment=cfg.segment,
     )  # fmt: skip
 
 
 @common.entry_point
 def main(cfg: Config, data=None) -> None:
-    """`data`: (training images, validation images or None), torch Datasets; None loads cfg.data."""
+    """Pre-trains a MixedAE and writes the run's folder. `data` is a pair of torch Datasets: the
+    training images, and the validation images or None. Without `data`, cfg.data is loaded."""
     run = common.Run(cfg)
     model = build(cfg).to(run.device)
-    parts = f"{run.world} processes x --accumulate {cfg.accumulate} x groups of {model.group_size}"
-    check_multiple(cfg.batch_size, run.world * cfg.accumulate * model.group_size,
-                   f"--batch-size {cfg.batch_size} is not divisible by {parts}")  # fmt: skip
+    size = model.group_size
+    parts = f"{run.world} processes x --accumulate {cfg.accumulate} x groups of {size}"
+    mistake = f"--batch-size {cfg.batch_size} is not divisible by {parts}"
+    check_multiple(cfg.batch_size, run.world * cfg.accumulate * size, mistake)
     if cfg.init_from and not run.resumes:
         common.init_from(cfg.init_from, model)
     optimizer = common.adamw(model, cfg.weight_decay)
@@ -368,7 +416,7 @@ def main(cfg: Config, data=None) -> None:
     loader = common.TrainLoader(run, train, common.RandomCrop(cfg.img_size, cfg.min_crop))
     crop = common.CentreCrop(cfg.img_size)
     examples = common.example_images(val or train, crop, run.device)
-    held_out = common.example_images(val or train, crop, run.device, count=240)
+    recognition_images = common.example_images(val or train, crop, run.device, count=240)
     run.start(loader, val, model=model, optimizer=optimizer)
     ddp = run.wrap(model)
     for _ in run.epochs():
@@ -380,7 +428,7 @@ def main(cfg: Config, data=None) -> None:
                 run.backward(loss)
                 run.log(loss=loss, **stats)
             run.update(optimizer)
-        results = recognition(model, held_out)
+        results = measure_recognition(model, recognition_images)
         run.end_epoch(model.encoder, picture=lambda: reconstruct(model, examples), **results)
 
 

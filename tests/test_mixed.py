@@ -271,9 +271,9 @@ def test_recognition_is_measured_on_a_fixed_mixture_without_segments(monkeypatch
     with torch.no_grad():
         model.segment.weight.mul_(100)
     state = torch.get_rng_state()
-    results = mixed_ae.recognition(model, imgs)
+    results = mixed_ae.measure_recognition(model, imgs)
     assert torch.equal(torch.get_rng_state(), state)  # training goes on undisturbed
-    assert mixed_ae.recognition(model, imgs) == results
+    assert mixed_ae.measure_recognition(model, imgs) == results
     mixed, source = calls[0]
     assert all(torch.equal(mixed, x) and torch.equal(source, y) for x, y in calls)
     index = [int((imgs == img).flatten(1).all(dim=1).nonzero()) for img in mixed]
@@ -302,7 +302,7 @@ def test_labels_alone_solve_the_task_but_not_what_is_measured():
         optimizer.step()
         optimizer.zero_grad()
     assert stats["homo"] < 1.3
-    results = mixed_ae.recognition(model, torch.randn(240, 3, 16, 16))
+    results = mixed_ae.measure_recognition(model, torch.randn(240, 3, 16, 16))
     assert results["homo_content"] > 2.6  # log(15) = 2.71
     assert results["own_image_auc"] == pytest.approx(0.5, abs=0.03)
     assert results["topk_content"] == pytest.approx(0.25, abs=0.03)
