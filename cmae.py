@@ -1,76 +1,72 @@
-"""CMAE: a smaller decoder, tasks for the encoder itself, and crops that show the object.
+"""CMAE (Mao, Yin, Chang and Zhou, 2022, arXiv 2205.10546). It is not "Contrastive Masked
+Autoencoders" (arXiv 2207.13532), which has the same acronym.
 
-Mao, Yin, Chang, Zhou. Improvements to Self-Supervised Representation Learning for Masked Image
-Modeling. arXiv 2205.10546, 2022. (Not "Contrastive Masked Autoencoders", arXiv 2207.13532, which
-has the same acronym.) It adds to MAE (He et al., CVPR 2022, arXiv 2111.06377): a decoder so small
-that the encoder has to do the work; contrast of two views and prediction of tokens' positions, both
-at the encoder's output; ContrastiveCrop, so that both views have the object in them.
+The method changes MAE (arXiv 2111.06377) in three ways. A small decoder makes the encoder do more
+of the work. The encoder gets two tasks of its own: a contrastive loss brings two views of an image
+together, and a head predicts the positions of tokens. ContrastiveCrop (Peng et al., CVPR 2022)
+crops both views around the main object; we look for it where the encoder's tokens differ most from
+their mean. An encoder that gets all positions as input only has to copy them. So a random half of
+the visible patches of view 1 has no position embedding, and only their positions are predicted.
 
-    python cmae.py                                              # built-in images
+Usage
+    python cmae.py                                        # demo: 3 minutes on two CPU cores
     python cmae.py --crop random --contrastive-weight 0 --position-weight 0 --decoder-depth 4 \\
-        --out runs/cmae-off                                     # all of it off: MAE
-    python cmae.py --preset cifar                               # CIFAR-10, downloaded
-    python cmae.py --preset tiny-imagenet --data tiny-imagenet-200              # one GPU
+        --out runs/cmae-off                               # all three off: this is MAE
+    python cmae.py --preset cifar                         # CIFAR-10, downloaded to data/
+    python cmae.py --preset tiny-imagenet --data tiny-imagenet-200                 # one GPU
     torchrun --nproc-per-node 8 cmae.py --preset tiny-imagenet --data tiny-imagenet-200
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
-        cmae.py --preset tiny-imagenet --data tiny-imagenet-200
-    python eval_linear.py runs/cmae-demo --baseline             # then: is the encoder any good?
+    python eval_linear.py runs/cmae-demo --baseline       # probe, also of an untrained encoder
 
-At commit 7faec16, the first takes 2.8 minutes on two cores; its linear probe, of seeds 0, 1, 2 (one
-core), gives 68.8, 70.5 and 65.9 % (untrained 48.5, 48.4 and 52.6). On a GPU: not yet measured.
+Equations and functions. Views 1 and 2 of an image have the same masked patches; L patches, tau 0.2.
+    L_rec    = MAE's loss on view 1 + MAE's loss on view 2                    CMAE.forward
+    q_v      = predictor(projector(class token of view v))                    CMAE.forward
+    k_v      = the same without the predictor, from momentum networks, whose
+               weights are w' = m w' + (1 - m) w                              momentum_step
+    m        = 1 - (1 - 0.99) (1 + cos(pi step / steps)) / 2                  momentum_at
+    nce      = 2 tau CE(cos(q, k) / tau), over the keys k of all images       info_nce
+    L_con    = nce(q_1, k_2) + nce(q_2, k_1)                                  CMAE.forward
+    L_pos    = CE over the L places, mean over the withheld positions         position_loss
+    L        = L_rec + 0.1 L_con + 0.1 L_pos                                  CMAE.forward
+    heat(l)  = max(0, d(l) - mean(d) - std(d)), where d(l) is the distance of
+               the token of patch l from the mean token of its image          saliency
+    box      = the rows and columns where heat exceeds 0.1 of its maximum     boxes_from_heatmaps
+    crop     = a RandomResizedCrop with its centre drawn from the box        sample_contrastive_crop
+Boxes are computed after about every fifth of the epochs. Until the first ones, crops are random.
 
-Equation -> code. Views 1 and 2 of an image, the same patches hidden in both; L patches, tau 0.2.
-    L_rec   = MAE's loss of view 1 + MAE's loss of view 2                        CMAE.forward
-    q_v     = predictor(projector(cls of view v))                                CMAE.forward
-    k_v     = the same without predictor, weights w' = m w' + (1 - m) w          momentum_step
-    m       = 1 - (1 - 0.99) (1 + cos(pi step / steps)) / 2                      momentum_at
-    nce     = 2 tau CE(cos(q, k') / tau), over the k' of all images              info_nce
-    L_con   = nce(q_1, k_2) + nce(q_2, k_1)                                      CMAE.forward
-    L_pos   = CE over L classes: which patch is this token? Asked of the random
-              half of view 1's tokens that are not told their position           position_loss
-    L       = L_rec + 0.1 L_con + 0.1 L_pos                                      CMAE.forward
-    heat    = max(0, d - mean(d) - std(d)), d: distance of each patch's token
-              from the mean of its image's                                       saliency
-    box     : the rows and columns where the heat exceeds 0.1 of its maximum     boxes_from_heatmaps
-    crop    : RandomResizedCrop's, but with its middle in the box          sample_contrastive_crop
-In metrics.jsonl: loss is L; recon is L_rec, the sum over views; contrastive and contrastive_acc,
-the share of queries whose nearest key is their image's; position and position_acc (by chance, one
-of the places that are not given); box_area, the mean share of an image that its box covers, 1 until
-there are boxes, and box_area_shuffled, the same after the cells of all maps are permuted: if they
-are equal, the heat is scattered and not in one place.
+Names in metrics.jsonl
+    loss, recon                      L and L_rec, which is the sum over the views
+    contrastive, contrastive_acc     L_con; share of queries whose nearest key is of their own image
+    position, position_acc           L_pos; share of correct predictions. Chance is 1 / (L - n) if n
+                                     visible patches keep their position embedding
+    box_area, box_area_shuffled      mean share of the image that a box covers, 1 without boxes; the
+                                     same after the cells of each heatmap are permuted. If both are
+                                     equal, the heat is scattered instead of lying in one place
 
-Provenance
-    component                                           source
-    the three changes to MAE                            paper
-    contrast at the encoder's output                    inferred from its abstract
-    decoder 128 x 1; colours of view 2; one mask for    authors' later code: SDMAE, 2212.05677
-      both views, both reconstructed; momentum network,
-      weight 0.1, frozen random patch embedding;
-      position head, --position-loss mse; "tiny-imagenet"
-    projector, predictor, contrastive loss, momentum    MoCo v3
-    boxes_from_heatmaps, schedule of boxes, crops       Peng et al. 2022
-    architecture, masking, loss, initialisation         MAE's paper and code
-    heat                                                our choice: theirs, a sum over channels, is
-                                                        constant after a LayerNorm without affine;
-                                                        what cls attends to is often background
-    positions asked where they are withheld             our choice: SDMAE's --position-input given
-                                                        has the answer in its input
-    cross-entropy with weight 0.1 (mse: 1); flips of    our choice
-      both views; 4 decoder heads; without contrast
-      one view, patch embedding trained; other presets
+What is not taken from the paper
+    inferred                    the contrastive loss acts on the encoder's output: the abstract
+                                speaks of tasks for the encoder
+    the authors' later code,    decoder 128 x 1; colours of view 2; one mask for both views, both
+    SDMAE (arXiv 2212.05677)    reconstructed; a momentum network, weight 0.1, frozen random patch
+                                embedding; position head, --position-loss mse; "tiny-imagenet"
+    other papers                MoCo v3: projector, predictor, contrastive loss, tau and m; Peng et
+                                al.: boxes, their schedule, crops; MAE: architecture, masking,
+                                reconstruction loss, initialisation
+    our choice                  heat; withheld positions; cross-entropy with weight 0.1 (mse: 1);
+                                flips of both views; 4 decoder heads; one view and a trained patch
+                                embedding if there is no contrastive loss; other presets
 
-Known deviations
-    what                                                consequence
-    heat of tokens, not attention or channels' sums     an object that fills its image is missed
-    normalised patches as in MAE; SDMAE: raw pixels     flat patches count as much as others
-    positions asked of view 1; SDMAE: of both views     view 2 trains no position
-    GELU in the position head; SDMAE: no activation     its two linear layers are not one
-    MoCo v3's momentum network, m and tau; SDMAE: copy  keys lag behind in the encoder, too; the
-      of the heads only, m 0.999, tau 1                   contrast is sharper
-    view 1's reconstruction and query come from the     they see half of the positions; keys see all
-      pass whose positions are withheld
-    all processes compute the heads and the contrast    BatchNorm and negatives are global; with
-      of all images                                       --accumulate they are a micro-batch's
+Deviations
+    heat         Peng et al. sum the channels of the last feature map. After a LayerNorm this sum is
+                 constant but for the affine weights, and the class token often attends to the
+                 background. With our heat, an object that fills its image is missed.
+    pixels       SDMAE predicts raw pixels. MAE's are normalised, so flat patches count like others.
+    positions    SDMAE gives all positions and predicts those of both views. Here view 2 trains no
+                 positions, and L_rec of view 1 and q_1 see half of its positions; the keys see all.
+                 SDMAE's head has no GELU, so that its two linear layers amount to one.
+    momentum     SDMAE has a momentum copy of the heads only, with m 0.999 and tau 1. Here keys lag
+                 behind in the encoder, too, and the contrast is sharper.
+    batch        BatchNorm and negatives use the images of all processes, but with --accumulate only
+                 those of one micro-batch.
 """
 
 import copy
