@@ -19,12 +19,12 @@ Usage
 
 Equations and functions. Views 1 and 2 of an image have the same masked patches; L patches, tau 0.2.
     L_rec    = MAE's loss on view 1 + MAE's loss on view 2                    CMAE.forward
-    q_v      = predictor(projector(class token of view v))                    CMAE.forward
+    q_v      = predictor(projector(class token of view v))                    CMAE.compare_views
     k_v      = the same without the predictor, from momentum networks, whose
                weights are w' = m w' + (1 - m) w                              momentum_step
     m        = 1 - (1 - 0.99) (1 + cos(pi step / steps)) / 2                  momentum_at
     nce      = 2 tau CE(cos(q, k) / tau), over the keys k of all images       info_nce
-    L_con    = nce(q_1, k_2) + nce(q_2, k_1)                                  CMAE.forward
+    L_con    = nce(q_1, k_2) + nce(q_2, k_1)                                  CMAE.compare_views
     L_pos    = CE over the L places, mean over the withheld positions         position_loss
     L        = L_rec + 0.1 L_con + 0.1 L_pos                                  CMAE.forward
     heat(l)  = max(0, d(l) - mean(d) - std(d)), where d(l) is the distance of
@@ -86,19 +86,19 @@ import common
 
 @dataclass
 class Config(common.Config):
-    decoder_dim: int = 128  # width of the decoder; MAE's is 512
-    decoder_depth: int = 1  # blocks of the decoder; MAE has 8
-    decoder_heads: int = 4  # attention heads of the decoder
-    crop: Literal["contrastive", "random"] = "contrastive"  # random is RandomResizedCrop
-    crop_alpha: float = 0.1  # of Beta: below 1 crops keep to the rim of the box; ImageNet 0.6
-    contrastive_weight: float = 0.1  # of the contrastive loss; 0: one view, no momentum encoder
-    position_weight: float | None = None  # of the position loss, by default 0.1 for ce, 1 for mse
-    position_loss: Literal["ce", "mse"] = "ce"  # mse: of the one-hot position, as in SDMAE
-    position_input: Literal["withheld", "given"] = "withheld"  # given: too easy, for comparison
+    decoder_dim: int = 128  # width of the decoder; MAE's decoder has 512
+    decoder_depth: int = 1  # blocks of the decoder; MAE's decoder has 8
+    decoder_heads: int = 4  # attention heads of the decoder; MAE's decoder has 16
+    crop: Literal["contrastive", "random"] = "contrastive"  # random: always a RandomResizedCrop
+    crop_alpha: float = 0.1  # Beta's alpha: small values crop near the box's edges; ImageNet 0.6
+    contrastive_weight: float = 0.1  # weight of the contrastive loss; if it is 0, there is one view
+    position_weight: float | None = None  # weight of the position loss [0.1 for ce, 1 for mse]
+    position_loss: Literal["ce", "mse"] = "ce"  # mse: squared error to one-hot positions (SDMAE)
+    position_input: Literal["withheld", "given"] = "withheld"  # given: the input has the answer
     tau: float = 0.2  # temperature of the contrastive loss
-    momentum: float = 0.99  # of the momentum encoder at the start; rises to 1
-    head_hidden: int = 4096  # hidden width of projector and predictor
-    head_dim: int = 256  # width in which views are compared
+    momentum: float = 0.99  # momentum of the momentum encoder in the first step; it rises to 1
+    head_hidden: int = 4096  # hidden width of the projector and the predictor
+    head_dim: int = 256  # output width of the projector and the predictor
 
     def check(self) -> None:
         super().check()
@@ -108,23 +108,24 @@ class Config(common.Config):
         common.check_numbers(self, 1e-30, "tau")
         if self.momentum > 1:
             raise common.UserError(f"--momentum must be at most 1, not {self.momentum}")
-        if not 0.01 <= self.crop_alpha < math.inf:  # Beta's samples underflow below
+        if not 0.01 <= self.crop_alpha < math.inf:  # samples of Beta underflow if alpha is smaller
             raise common.UserError(f"--crop-alpha must be at least 0.01, not {self.crop_alpha}")
 
 
 PRESETS = {
-    "demo": dict(  # ours, for two cores and two minutes
+    "demo": dict(  # our choice: it takes three minutes on two CPU cores
         data="shapes", img_size=32, patch_size=4, size="tiny", depth=2,
         decoder_dim=64, decoder_heads=2, min_crop=0.5, head_hidden=256, head_dim=64,
         epochs=2, batch_size=64, base_lr=6e-3, warmup_epochs=0.2, knn_every=10,
     ),
-    "cifar": dict(  # ours
+    "cifar": dict(  # our choice
         data="cifar10", img_size=32, patch_size=4, size="tiny",
         decoder_dim=64, decoder_heads=2, head_hidden=512, head_dim=128,
         epochs=200, batch_size=256, base_lr=1e-3, warmup_epochs=10,
     ),
-    # Of the authors' later code, but tau, momentum and heads, which are MoCo v3's, and crop_alpha,
-    # which is Peng et al.'s for small images. Images are enlarged to 224 px.
+    # The settings of the authors' later code, except for tau, momentum and the widths of the heads
+    # (MoCo v3's) and crop_alpha (Peng et al.'s for small images). Images are enlarged from 64 px to
+    # 224 px.
     "tiny-imagenet": dict(
         data=None, img_size=224, patch_size=16, size="base", mask_ratio=0.75,
         decoder_dim=128, decoder_depth=1, min_crop=0.2, crop_alpha=0.1,
@@ -137,41 +138,46 @@ PRESETS = {
 
 
 def gather_with_gradient(x: Tensor) -> Tensor:
-    """x (n, ...) of every process, n being the same in all -> (processes * n, ...). Gradients go
-    back to the process that a row came from."""
+    """Concatenates the rows of all processes: x (n, ...), where n is the same in every process ->
+    (processes * n, ...). The gradient of a row flows back to the process that the row comes
+    from."""
     if not dist.is_initialized():
         return x
     parts = list(common.gather(x))
-    # All processes compute the same loss, and DDP averages their gradients. So the gradient of this
-    # process's own part is scaled by the number of processes; its value stays.
+    # All processes compute the same loss, but each has gradients only for its own rows, and DDP
+    # averages gradients. So the gradient of the local part is scaled by the number of processes.
+    # The value of the local part stays the same.
     parts[dist.get_rank()] = x + (len(parts) - 1) * (x - x.detach())
     return torch.cat(parts)
 
 
 def cosines(q: Tensor, k: Tensor) -> Tensor:
-    """Queries (B, d), keys (N, d) -> (B, N), in fp32."""
+    """The cosine of each query with each key: q (B, d), k (N, d) -> (B, N), without autocast."""
     with torch.autocast(q.device.type, enabled=False):
         return F.normalize(q.float(), dim=1) @ F.normalize(k.float(), dim=1).T
 
 
 def info_nce(q: Tensor, k: Tensor, tau: float) -> Tensor:
-    """Queries (B, d), keys (N, d) with N >= B -> cross-entropy of cosine / tau, times 2 tau, in
-    fp32. The key of query i is k[i]."""
+    """MoCo v3's contrastive loss, `nce` in the manual: 2 tau times the cross-entropy of the logits
+    cosine / tau. q (B, d), k (N, d) with N >= B -> scalar. k[i] is the right key of q[i], and all
+    other keys are negatives."""
     own = torch.arange(len(q), device=q.device)
     return 2 * tau * F.cross_entropy(cosines(q, k) / tau, own)
 
 
 def position_loss(logits: Tensor, positions: Tensor, kind: str) -> Tensor:
-    """logits (B, n, L), positions (B, n) in 0..L-1; kind "ce": cross-entropy, or "mse": squared
-    error of the logits to the one-hot position, mean over L as well."""
+    """L_pos of the manual: logits (B, n, L), positions (B, n) in 0..L-1 -> scalar.
+
+    With kind "ce", it is the cross-entropy. With "mse", it is the squared error between the logits
+    and the one-hot position, averaged over the L classes, too."""
     if kind == "ce":
         return F.cross_entropy(logits.float().flatten(0, 1), positions.flatten())
     return F.mse_loss(logits.float(), F.one_hot(positions, logits.shape[2]).float())
 
 
 def mlp(width: int, hidden: int, out: int, depth: int) -> nn.Sequential:
-    """MoCo v3's head: `depth` linear layers without bias, BatchNorm and ReLU between, BatchNorm
-    without affine at the end."""
+    """MoCo v3's projector (depth 3) or predictor (depth 2): `depth` linear layers without bias,
+    with BatchNorm and ReLU between them, and a BatchNorm without affine weights at the end."""
     layers = []
     for _ in range(depth - 1):
         layers += [nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU()]
@@ -181,24 +187,31 @@ def mlp(width: int, hidden: int, out: int, depth: int) -> nn.Sequential:
 
 
 class CMAE(nn.Module):
-    """MAE of one or two views with tasks for the encoder. A task of weight 0 has no parameters;
-    with both at 0 this is MAE. `position_weight` None: 0.1 for "ce", 1 for "mse"."""
+    """MAE on one or two views, with a contrastive task and a position task for the encoder.
+
+    A task with weight 0 has no parameters; if both weights are 0, this is MAE. The default of
+    `position_weight` depends on `position_kind`: 0.1 for "ce", 1 for "mse". `position_input` is
+    "withheld" or "given": whether the tokens whose position is predicted lack their position
+    embedding."""
 
     def __init__(self, encoder: common.ViT, decoder: common.Decoder, mask_ratio: float = 0.75,
                  contrastive_weight: float = 0.1, position_weight: float | None = None,
                  position_kind: str = "ce", position_input: str = "withheld", tau: float = 0.2,
                  head_hidden: int = 4096, head_dim: int = 256):  # fmt: skip
         super().__init__()
-        self.encoder, self.decoder, self.mask_ratio, self.tau = encoder, decoder, mask_ratio, tau
+        self.encoder, self.decoder = encoder, decoder
+        self.mask_ratio, self.tau = mask_ratio, tau
         if position_weight is None:
             position_weight = 0.1 if position_kind == "ce" else 1.0
         self.contrastive_weight, self.position_weight = contrastive_weight, position_weight
-        self.position_kind, self.withhold = position_kind, position_input == "withheld"
+        self.position_kind = position_kind
+        self.withhold = position_input == "withheld"
         dim, num_patches = encoder.embed_dim, encoder.num_patches
-        keep = common.num_visible(num_patches, mask_ratio)
-        self.asked = max(1, keep // 2) if self.withhold else keep  # tokens, for their position
+        visible = common.num_visible(num_patches, mask_ratio)
+        # The number of visible patches of view 1 whose position is predicted.
+        self.num_predicted = max(1, visible // 2) if self.withhold else visible
         if contrastive_weight:
-            encoder.patch_embed.requires_grad_(False)  # random, for stability (MoCo v3)
+            encoder.patch_embed.requires_grad_(False)  # not trained, for stability (MoCo v3)
             self.projector = mlp(dim, head_hidden, head_dim, depth=3)
             self.predictor = mlp(head_dim, head_hidden, head_dim, depth=2)
             self.momentum_encoder = copy.deepcopy(encoder).requires_grad_(False)
@@ -210,60 +223,82 @@ class CMAE(nn.Module):
 
     @torch.no_grad()
     def momentum_step(self, momentum: float) -> None:
-        """The momentum encoder and projector approach the others."""
-        pairs = (self.momentum_encoder, self.encoder), (self.momentum_projector, self.projector)
-        for slow, fast in pairs:
-            torch._foreach_lerp_([*slow.parameters()], [*fast.parameters()], 1 - momentum)
+        """Moves the weights w' of the momentum encoder and the momentum projector to
+        m w' + (1 - m) w, where m is `momentum` and w are the trained weights."""
+        averages = [*self.momentum_encoder.parameters(), *self.momentum_projector.parameters()]
+        trained = [*self.encoder.parameters(), *self.projector.parameters()]
+        torch._foreach_lerp_(averages, trained, 1 - momentum)
 
     def forward(self, view1: Tensor, view2: Tensor | None = None):
-        """Views (B, C, H, W), the second one with contrast only -> the loss, and stats without
-        gradient: recon; with contrast contrastive, contrastive_acc; with prediction position,
-        position_acc."""
+        """The loss L of the manual. The views are (B, C, H, W). Raises UserError if their number is
+        wrong: the model takes two views with a contrastive loss, and one without.
+
+        Returns the loss and, without gradient, the stats: recon, always; contrastive and
+        contrastive_acc with a contrastive loss; position and position_acc with a position loss."""
         if (view2 is None) == (self.contrastive_weight > 0):
-            raise common.UserError("contrast takes two views; without it there is one")
-        imgs, count = view1 if view2 is None else torch.cat([view1, view2]), len(view1)
-        views, vit = len(imgs) // count, self.encoder
+            raise common.UserError(
+                "the model takes two views if it has a contrastive loss, and one view otherwise"
+            )
+        vit, count = self.encoder, len(view1)
+        imgs = view1 if view2 is None else torch.cat([view1, view2])
+        num_views = 1 if view2 is None else 2
         visible, mask = common.random_masking(count, vit.num_patches, self.mask_ratio, imgs.device)
-        asked = visible[:, : self.asked]  # in random order: the first half is a random half
-        all_visible = visible.repeat(views, 1)
+        # Visible patches come in random order, so the first half of them is a random half.
+        predicted = visible[:, : self.num_predicted]  # the positions to predict
+        predicted_tokens = slice(1, 1 + self.num_predicted)  # their tokens, after the class token
+        all_visible = visible.repeat(num_views, 1)  # both views have the same mask
+
         x = vit.embed(imgs, all_visible)
-        if self.position_weight and self.withhold:  # once more, without position
-            patches = common.take_tokens(common.patchify(view1, vit.patch_size), asked)
-            x[:count, 1 : 1 + self.asked] = vit.patch_embed(patches)
+        if self.position_weight and self.withhold:
+            # These tokens of view 1 are replaced by their embedding without positions.
+            patches = common.take_tokens(common.patchify(view1, vit.patch_size), predicted)
+            x[:count, predicted_tokens] = vit.patch_embed(patches)
         for block in vit.blocks:
             x = block(x)
         tokens = vit.norm(x)
 
         pred, target = self.decoder(tokens, all_visible), common.patchify(imgs, vit.patch_size)
-        loss = views * common.masked_mse(pred, target, mask.repeat(views, 1))
-        stats = dict(recon=loss)
+        # masked_mse is the mean over the views, and L_rec is their sum.
+        recon = num_views * common.masked_mse(pred, target, mask.repeat(num_views, 1))
+        loss, stats = recon, dict(recon=recon)
         if self.contrastive_weight:
-            with torch.no_grad():
-                slow = self.momentum_encoder(imgs, all_visible)[:, 0].chunk(2)
-                k1, k2 = (self.momentum_projector(gather_with_gradient(x)) for x in slow)
-            cls = (gather_with_gradient(x) for x in tokens[:, 0].chunk(2))
-            q1, q2 = (self.predictor(self.projector(x)) for x in cls)
-            contrastive = info_nce(q1, k2, self.tau) + info_nce(q2, k1, self.tau)
+            contrastive, accuracy = self.compare_views(imgs, all_visible, tokens[:, 0])
             loss = loss + self.contrastive_weight * contrastive
-            hits = nearest(q1, k2) + nearest(q2, k1)
-            stats.update(contrastive=contrastive, contrastive_acc=hits / 2)
+            stats.update(contrastive=contrastive, contrastive_acc=accuracy)
         if self.position_weight:
-            logits = self.position_head(tokens[:count, 1 : 1 + self.asked])
-            position = position_loss(logits, asked, self.position_kind)
+            logits = self.position_head(tokens[:count, predicted_tokens])
+            position = position_loss(logits, predicted, self.position_kind)
             loss = loss + self.position_weight * position
-            hits = (logits.argmax(dim=2) == asked).float().mean()
-            stats.update(position=position, position_acc=hits)
+            accuracy = (logits.argmax(dim=2) == predicted).float().mean()
+            stats.update(position=position, position_acc=accuracy)
         return loss, {name: x.detach() for name, x in stats.items()}
+
+    def compare_views(self, imgs: Tensor, visible: Tensor, cls: Tensor) -> tuple[Tensor, Tensor]:
+        """L_con of the manual, and the mean `contrastive_accuracy` of both directions.
+
+        imgs (2B, C, H, W) holds all first views and then all second views, `visible` (2B, n) their
+        visible patches, and `cls` (2B, D) their class tokens from the encoder."""
+        with torch.no_grad():
+            key_cls1, key_cls2 = self.momentum_encoder(imgs, visible)[:, 0].chunk(2)
+            k1 = self.momentum_projector(gather_with_gradient(key_cls1))
+            k2 = self.momentum_projector(gather_with_gradient(key_cls2))
+        cls1, cls2 = cls.chunk(2)
+        q1 = self.predictor(self.projector(gather_with_gradient(cls1)))
+        q2 = self.predictor(self.projector(gather_with_gradient(cls2)))
+        loss = info_nce(q1, k2, self.tau) + info_nce(q2, k1, self.tau)
+        return loss, (contrastive_accuracy(q1, k2) + contrastive_accuracy(q2, k1)) / 2
 
 
 @torch.no_grad()
-def nearest(q: Tensor, k: Tensor) -> Tensor:
-    """Share of the queries (B, d) whose nearest key (B, d) by cosine is their own."""
-    return (cosines(q, k).argmax(dim=1) == torch.arange(len(q), device=q.device)).float().mean()
+def contrastive_accuracy(q: Tensor, k: Tensor) -> Tensor:
+    """The share of queries whose nearest key by cosine is their own: q, k (B, d) -> scalar."""
+    own = torch.arange(len(q), device=q.device)
+    return (cosines(q, k).argmax(dim=1) == own).float().mean()
 
 
 def momentum_at(step: int, total: int, start: float) -> float:
-    """`start` at step 0, half a cosine up to 1 at step `total`, one after the last."""
+    """The momentum m of a step: `start` at step 0, then half a cosine up to 1 at step `total`,
+    which comes after the last step."""
     return 1 - (1 - start) * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
@@ -271,40 +306,55 @@ def momentum_at(step: int, total: int, start: float) -> float:
 
 
 def saliency(encoder: common.ViT, imgs: Tensor) -> Tensor:
-    """imgs (B, C, H, W) -> heatmaps (B, h, w): how far each patch's token lies from the mean of its
-    image's, less the mean + std of these distances, and not below 0. What most patches are like is
-    0: the background that Peng et al.'s rule needs, or else an object that fills the image."""
+    """The heat of each patch, as in the manual: imgs (B, C, H, W) -> heatmaps (B, h, w).
+
+    The heat is the distance between the token of a patch and the mean patch token of its image,
+    minus the mean and the standard deviation of these distances, and at least 0. Patches that
+    resemble the majority get heat 0. Usually they are the background, where Peng et al.'s rule
+    needs values near 0; but if an object fills its image, they are the object."""
     tokens = encoder(imgs)[:, 1:].float()
     distance = (tokens - tokens.mean(dim=1, keepdim=True)).norm(dim=2)
     std, mean = torch.std_mean(distance, dim=1, keepdim=True)
     return (distance - mean - std).relu().unflatten(1, encoder.grid)
 
 
-def stretched(heatmaps: Tensor, size: tuple[int, int]) -> Tensor:
-    """heatmaps (B, h, w) -> (B, H, W): each scaled to 0..1, a constant one to 1, then enlarged."""
+def scale_and_enlarge(heatmaps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Scales each heatmap to 0..1 and enlarges it to `size` (H, W) by bilinear interpolation:
+    heatmaps (B, h, w) -> (B, H, W). A constant heatmap becomes 1 everywhere."""
     low, high = heatmaps.amin(dim=(1, 2), keepdim=True), heatmaps.amax(dim=(1, 2), keepdim=True)
     heat = torch.where(high > low, (heatmaps - low) / (high - low), 1.0)
     return F.interpolate(heat[:, None], size, mode="bilinear")[:, 0]
 
 
 def boxes_from_heatmaps(heatmaps: Tensor, size: tuple[int, int], threshold=0.1) -> Tensor:
-    """Peng et al.'s rule: heatmaps (B, h, w) -> boxes (B, 4) as shares of the image's height and
-    width: h_min, w_min, h_max, w_max, the first and last row and column that exceed the threshold,
-    once the map is scaled to 0..1 and enlarged to `size` (H, W). A constant map gives all rows
-    but the last: 0 to (H - 1) / H, and columns likewise."""
-    hot = stretched(heatmaps, size) > threshold
-    spans = []
-    for line in (hot.any(dim=2).int(), hot.any(dim=1).int()):
-        first, last = line.argmax(dim=1), line.shape[1] - 1 - line.flip(1).argmax(dim=1)
-        spans.append(torch.stack([first, last], dim=1) / line.shape[1])
-    return torch.stack(spans, dim=2).flatten(1)
+    """Finds the box around the hot part of each heatmap by Peng et al.'s rule.
+
+    heatmaps (B, h, w) -> boxes (B, 4): h_min, w_min, h_max, w_max, as shares of the image's height
+    and width. Each heatmap is scaled to 0..1 and enlarged to `size` (H, W). Its box extends from
+    the first to the last row, and from the first to the last column, that has a value above the
+    threshold. The last row H - 1 gives (H - 1) / H, so that no box reaches 1."""
+    hot = scale_and_enlarge(heatmaps, size) > threshold
+    rows = first_and_last(hot.any(dim=2))
+    columns = first_and_last(hot.any(dim=1))
+    return torch.stack([rows, columns], dim=2).flatten(1)
+
+
+def first_and_last(hot: Tensor) -> Tensor:
+    """The first and the last index that is True, divided by n: hot (B, n) bool -> (B, 2)."""
+    values, count = hot.int(), hot.shape[1]
+    first = values.argmax(dim=1)  # argmax returns the first of several equal values
+    last = count - 1 - values.flip(1).argmax(dim=1)
+    return torch.stack([first, last], dim=1) / count
 
 
 def sample_contrastive_crop(height: int, width: int, box: Tensor, scale=(0.2, 1.0),
                             ratio=(3 / 4, 4 / 3), alpha: float = 0.6) -> tuple:  # fmt: skip
-    """A crop (top, left, h, w) in pixels, of the size of a RandomResizedCrop. `box` (4,) holds
-    shares of the image. The centre of the crop lies in the box, at a share of its height and width
-    that is drawn from Beta(alpha, alpha) for each axis; the crop is kept inside the image."""
+    """Draws a ContrastiveCrop (top, left, h, w) in pixels, from an image of height x width pixels.
+
+    Height and width of the crop are those of a RandomResizedCrop. `box` (4,) is h_min, w_min,
+    h_max, w_max as shares of the image. Along each axis, the centre of the crop lies at a share of
+    the way from one edge of the box to the other that is drawn from Beta(alpha, alpha); see
+    `crop_start` for crops that would leave the image."""
     _, _, h, w = v2.RandomResizedCrop.get_params(torch.empty(1, height, width), scale, ratio)
     h_min, w_min, h_max, w_max = box.tolist()
     beta = torch.distributions.Beta(alpha, alpha, validate_args=False)
@@ -315,8 +365,11 @@ def sample_contrastive_crop(height: int, width: int, box: Tensor, scale=(0.2, 1.
 
 
 def crop_start(side: int, length: int, low: float, high: float, share: float) -> int:
-    """Where a crop of `length` pixels starts: at `share` of the way between the two places that put
-    its middle on the box's edges, `low` and `high`, shares of the image's `side`."""
+    """The first row (or column) of a crop of `length` pixels from an image of `side` pixels.
+
+    The edges of the box are `low` and `high`, as shares of the side. Two crops have their centre on
+    an edge; if necessary, they are moved into the image. The result lies at the given `share` of
+    the way between the first rows of these two crops."""
     room = side - length
     first = min(max(int(side * low) - length // 2, 0), room)
     last = min(max(int(side * high) - length // 2, 0), room)
@@ -324,29 +377,34 @@ def crop_start(side: int, length: int, low: float, high: float, share: float) ->
 
 
 class ContrastiveCrop(nn.Module):
-    """The augmentation of a training set: one view of an image or, with `contrast`, a second one
-    whose colours change. A view is a crop by the image's box, flipped or not; before the first
-    `update` it is a random resized crop."""
+    """The augmentation of a training set of `count` images; it holds the boxes of these images.
+
+    It makes one view of an image or, with `contrast`, two. Each view is cropped by
+    `sample_contrastive_crop` and flipped with probability 1/2, and the colours of the second view
+    are changed. Before the first `update` there are no boxes, and views are RandomResizedCrops
+    instead. `size` is the side of a view in pixels, `min_crop` the smallest area of a crop as a
+    share of the image, and `alpha` that of `sample_contrastive_crop`."""
 
     def __init__(self, count: int, size: int, min_crop: float, alpha: float, contrast: bool):
         super().__init__()
-        self.size, self.scale, self.alpha, self.contrast = size, (min_crop, 1.0), alpha, contrast
+        self.size, self.scale = size, (min_crop, 1.0)
+        self.alpha, self.contrast = alpha, contrast
         self.random_crop = common.RandomCrop(size, min_crop)
         jitter = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8)
         self.change_colours = v2.Compose([jitter, v2.RandomGrayscale(0.2)])
         self.register_buffer("boxes", torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(count, 1))
-        self.register_buffer("known", torch.zeros((), dtype=torch.bool))
-        self.register_buffer("areas", torch.ones(2))  # of the boxes, and of shuffled maps' boxes
+        self.register_buffer("known", torch.zeros((), dtype=torch.bool))  # True after an update
+        self.register_buffer("areas", torch.ones(2))  # box_area and box_area_shuffled
 
     def forward(self, image: Tensor, label, index: int) -> tuple:
-        """See common.Views; -> view 1, view 2 if there is one, label."""
+        """Returns view 1, view 2 if there are two, and the label; see common.Views."""
         view1 = self.crop(image, index)
         if not self.contrast:
             return view1, label
         return view1, self.change_colours(self.crop(image, index)), label
 
     def crop(self, image: Tensor, index: int) -> Tensor:
-        """One crop (3, size, size) of an image (3, H, W), flipped or not."""
+        """One view (3, size, size) of an image (3, H, W)."""
         if not self.known:
             view, _ = self.random_crop(image, None, index)
             return view
@@ -355,27 +413,31 @@ class ContrastiveCrop(nn.Module):
         crop = sample_contrastive_crop(height, width, box, self.scale, alpha=self.alpha)
         return self.random_crop.cut(image, *crop)
 
-    def whole(self, image: Tensor, label, index: int) -> tuple:
-        """The whole image (3, size, size), for `update`."""
+    def resize(self, image: Tensor, label, index: int) -> tuple:
+        """The augmentation for `update`: the whole image, resized to (3, size, size)."""
         return v2.functional.resize(image, [self.size, self.size], common.BICUBIC), label
 
     def update(self, run: common.Run, encoder: common.ViT, images) -> None:
-        """New boxes from the encoder's tokens of whole images, and a picture of some. Their mean
-        area, and that of boxes of the same maps with their cells permuted."""
+        """Computes the boxes anew from the encoder's tokens of the whole images, and their mean
+        area. For comparison, it also computes the mean area of boxes of shuffled heatmaps. Draws
+        some images with their boxes, in boxes_NNNN.png."""
         size = (self.size, self.size)
         order = torch.randperm(encoder.num_patches, generator=common.seeded("shuffle"))
 
-        def find(imgs: Tensor) -> Tensor:  # (B, 2, 4): the boxes, and those of the shuffled maps
+        def find_boxes(imgs: Tensor) -> Tensor:
+            """(B, C, H, W) -> (B, 2, 4): the boxes of the heatmaps and of the shuffled ones."""
             heat = saliency(encoder, imgs)
             shuffled = heat.flatten(1)[:, order].view_as(heat)
-            return torch.stack([boxes_from_heatmaps(x, size) for x in (heat, shuffled)], dim=1)
+            both = [boxes_from_heatmaps(heat, size), boxes_from_heatmaps(shuffled, size)]
+            return torch.stack(both, dim=1)
 
-        found, _ = common.outputs(run, encoder, find, images, self.whole)
+        found, _ = common.outputs(run, encoder, find_boxes, images, self.resize)
         self.boxes.copy_(found[:, 0])
         self.known.fill_(True)
-        self.areas.copy_((found[:, :, 2:] - found[:, :, :2]).prod(dim=2).mean(dim=0))
+        heights_and_widths = found[:, :, 2:] - found[:, :, :2]
+        self.areas.copy_(heights_and_widths.prod(dim=2).mean(dim=0))
         if run.rank == 0:
-            imgs = common.example_images(images, self.whole, run.device)
+            imgs = common.example_images(images, self.resize, run.device)
             boxes = self.boxes[common.evenly_spaced(images, len(imgs))]
             path = run.folder / f"boxes_{run.epoch:04d}.png"
             common.save_grid(path, draw_boxes(encoder, imgs, boxes))
@@ -383,15 +445,24 @@ class ContrastiveCrop(nn.Module):
 
 @torch.no_grad()
 def draw_boxes(encoder: common.ViT, imgs: Tensor, boxes: Tensor) -> dict[str, Tensor]:
-    """Whole images (N, 3, H, W) and their boxes (N, 4) -> rows of a picture, label -> (N, 3, H, W)
-    normalised images: the boxes, and the heatmaps that gave them."""
+    """Draws whole images with their boxes, and the heatmaps that gave the boxes.
+
+    imgs (N, 3, H, W), boxes (N, 4) -> the rows of the picture, label -> normalised images (N, 3, H,
+    W)."""
     height, width = imgs.shape[2:]
+    # draw_bounding_boxes takes corners in the order x_min, y_min, x_max, y_max, in pixels.
     corners = boxes.cpu()[:, None, [1, 0, 3, 2]] * torch.tensor([width, height, width, height])
-    pairs = zip((255 * common.denormalize(imgs)).to(torch.uint8), corners, strict=True)
-    outlined = torch.stack([draw_bounding_boxes(img, box, colors="red") for img, box in pairs])
-    heat = 255 * stretched(saliency(encoder, imgs), (height, width))[:, None].expand_as(imgs)
-    rows = {"input and box": outlined, "unlike the mean of the image": heat}
-    return {label: common.normalize(row) for label, row in rows.items()}
+    pixels = (255 * common.denormalize(imgs)).to(torch.uint8)
+    outlined = []
+    for img, box in zip(pixels, corners, strict=True):
+        outlined.append(draw_bounding_boxes(img, box, colors="red"))
+    heat = scale_and_enlarge(saliency(encoder, imgs), (height, width))
+    return {
+        "input and box": common.normalize(torch.stack(outlined)),
+        "heat: distance from the mean token": common.normalize(
+            255 * heat[:, None].expand_as(imgs)
+        ),
+    }
 
 
 # ------------------------------------------------------------------------------ training
@@ -399,7 +470,8 @@ def draw_boxes(encoder: common.ViT, imgs: Tensor, boxes: Tensor) -> dict[str, Te
 
 @torch.no_grad()
 def reconstruct(model: CMAE, imgs: Tensor) -> dict[str, Tensor]:
-    """Rows of the reconstruction picture, label -> (N, 3, H, W) normalised images."""
+    """Reconstructs imgs (N, 3, H, W), with all positions given, and returns the rows of the
+    picture, label -> normalised images (N, 3, H, W)."""
     vit = model.encoder
     visible, mask = common.random_masking(len(imgs), vit.num_patches, model.mask_ratio, imgs.device)
     pred = model.decoder(vit(imgs, visible), visible)
@@ -407,6 +479,7 @@ def reconstruct(model: CMAE, imgs: Tensor) -> dict[str, Tensor]:
 
 
 def build(cfg: Config) -> CMAE:
+    """The model of these settings, with fresh weights."""
     encoder = cfg.vit()
     decoder = common.Decoder(encoder, cfg.decoder_dim, cfg.decoder_depth, cfg.decoder_heads)
     return CMAE(
@@ -417,15 +490,19 @@ def build(cfg: Config) -> CMAE:
 
 @common.entry_point
 def main(cfg: Config, data=None) -> None:
-    """`data`: (training images, validation images or None), torch Datasets; None loads cfg.data."""
+    """Pre-trains a CMAE and writes the run's folder. `data` is a pair of torch Datasets: the
+    training images, and the validation images or None. Without `data`, cfg.data is loaded."""
     run = common.Run(cfg)
     model = build(cfg).to(run.device)
     contrast = cfg.contrastive_weight > 0
     if contrast and cfg.batch_size // cfg.accumulate < 2:
-        raise common.UserError("contrast takes 2 images in a micro-batch: a larger --batch-size, "
-                               "or less --accumulate")  # fmt: skip
+        raise common.UserError(
+            "the contrastive loss needs at least 2 images in a micro-batch: raise --batch-size or "
+            "lower --accumulate"
+        )
     if cfg.init_from and not run.resumes:
-        if "momentum_encoder" in common.init_from(cfg.init_from, model):
+        missing = common.init_from(cfg.init_from, model)
+        if "momentum_encoder" in missing:  # it starts as a copy of the encoder
             model.momentum_encoder.load_state_dict(model.encoder.state_dict())
     optimizer = common.adamw(model, cfg.weight_decay)
 
@@ -435,19 +512,20 @@ def main(cfg: Config, data=None) -> None:
     examples = common.example_images(val or train, common.CentreCrop(cfg.img_size), run.device)
     run.start(loader, val, model=model, optimizer=optimizer, crops=crops)
     ddp = run.wrap(model)
-    fifth = max(1, round(0.2 * cfg.epochs))
+    fifth = max(1, round(0.2 * cfg.epochs))  # in epochs; boxes are computed after each
     for epoch in run.epochs():
         boxes_are_due = cfg.crop == "contrastive" and epoch > 1 and (epoch - 1) % fifth == 0
-        in_mid_epoch = run.step > (epoch - 1) * loader.steps  # resumed there, with its boxes
+        # A run that was stopped within this epoch has its boxes from the checkpoint.
+        in_mid_epoch = run.step > (epoch - 1) * loader.steps
         if boxes_are_due and not in_mid_epoch:
             crops.update(run, model.encoder, train)
         for micro_batches in run.steps():
             run.set_lr(optimizer)
             if contrast:
                 model.momentum_step(momentum_at(run.step, run.total, cfg.momentum))
-            for view1, *view2, _ in micro_batches:
+            for *views, _ in micro_batches:
                 with run.autocast():
-                    loss, stats = ddp(view1, *view2)
+                    loss, stats = ddp(*views)
                 run.backward(loss)
                 run.log(loss=loss, **stats)
             run.update(optimizer)

@@ -435,7 +435,7 @@ def test_the_losses_are_those_of_both_views(monkeypatch):
               for view in (view1, view2))  # fmt: skip
     contrastive = cmae.info_nce(q1, k2, 0.2) + cmae.info_nce(q2, k1, 0.2)
     torch.testing.assert_close(stats["contrastive"], contrastive, atol=1e-4, rtol=1e-3)
-    accuracy = (cmae.nearest(q1, k2) + cmae.nearest(q2, k1)) / 2
+    accuracy = (cmae.contrastive_accuracy(q1, k2) + cmae.contrastive_accuracy(q2, k1)) / 2
     assert stats["contrastive_acc"] == accuracy
     logits = model.position_head(tokens1[:, 1:7])
     torch.testing.assert_close(stats["position"], cmae.position_loss(logits, asked, "ce"))
@@ -467,7 +467,7 @@ def test_settings_reach_the_model_and_the_crops(tmp_path, shapes_folder, monkeyp
     (model,) = made
     assert (model.tau, model.position_kind, model.withhold, model.mask_ratio) == (
         0.3, "mse", False, 0.5)  # fmt: skip
-    assert (model.contrastive_weight, model.position_weight, model.asked) == (0.2, 1.0, 8)
+    assert (model.contrastive_weight, model.position_weight, model.num_predicted) == (0.2, 1.0, 8)
     assert (model.projector[0].out_features, model.predictor[3].out_features) == (32, 16)
     assert alphas == [((0.3, 1.0), 0.4)] * 128  # two views of 64 images, in the second epoch
 
@@ -478,11 +478,11 @@ def test_contrastive_accuracy_is_a_count():
     for i in range(50):
         cosine = [F.cosine_similarity(q[i], key, dim=0) for key in k]
         hits += max(range(50), key=lambda j: cosine[j]) == i
-    assert cmae.nearest(q, k).item() == pytest.approx(hits / 50)
-    assert cmae.nearest(q, 3 * q) == 1
+    assert cmae.contrastive_accuracy(q, k).item() == pytest.approx(hits / 50)
+    assert cmae.contrastive_accuracy(q, 3 * q) == 1
     close = torch.ones(1, 512) + 0.01 * torch.randn(50, 512)  # cosines that bf16 cannot tell apart
     with torch.autocast("cpu", torch.bfloat16):
-        assert cmae.nearest(close, 3 * close) == 1
+        assert cmae.contrastive_accuracy(close, 3 * close) == 1
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -518,7 +518,7 @@ def test_a_task_of_weight_0_leaves_nothing_behind():
     assert stats.keys() == {"recon", "contrastive", "contrastive_acc"}
     torch.testing.assert_close(loss, stats["recon"] + 0.1 * stats["contrastive"])
     for weight, given in ((0.1, 1), (0, 2)):
-        with pytest.raises(common.UserError, match="contrast takes two views"):
+        with pytest.raises(common.UserError, match="two views if it has a contrastive loss"):
             model_of(contrastive_weight=weight)(*torch.randn(given, 4, 3, 16, 16))
     weights = [model_of(position_kind=kind).position_weight for kind in ("ce", "mse")]
     assert weights == [0.1, 1.0]

@@ -517,8 +517,10 @@ MISTAKES = {
         (["--decoder-heads", "5"], "decoder width 64 is not divisible by 5 heads"),
     ],
     cmae: [
-        (["--batch-size", "1"], "contrast takes 2 images in a micro-batch"),
-        (["--batch-size", "4", "--accumulate", "4"], "contrast takes 2 images in a micro-batch"),
+        (["--batch-size", "1"], "the contrastive loss needs at least 2 images in a micro-batch: "
+                                "raise --batch-size or lower --accumulate"),
+        (["--batch-size", "4", "--accumulate", "4"],
+         "needs at least 2 images in a micro-batch"),
         (["--momentum", "1.5"], "--momentum must be at most 1"),
         (["--crop-alpha", "0.001"], "--crop-alpha must be at least 0.01"),
         (["--contrastive-weight", "-1"], "--contrastive-weight must be at least 0"),
