@@ -1,4 +1,4 @@
-"""CMAE: each part against a slow version of its formula, then runs of the script."""
+"""CMAE: each part is compared with a slow version of its formula; then the script is run."""
 
 import math
 
@@ -23,7 +23,7 @@ def model_of(depth=2, **options):
     decoder = common.Decoder(vit, 16, 1, 2)
     options = {"head_hidden": 32, "head_dim": 16, "mask_ratio": 0.5} | options
     model = cmae.CMAE(vit, decoder, **options)
-    with torch.no_grad():  # biases that are not 0 would otherwise hide mistakes
+    with torch.no_grad():  # biases that are 0 would hide mistakes
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))
     return model
@@ -33,21 +33,21 @@ def model_of(depth=2, **options):
 
 
 def limits(side, length, low, high):
-    """First and last place of a crop of `length` pixels: cmae.md's c0 and c1."""
+    """The first and the last place of a crop of `length` pixels: c0 and c1 of Peng et al."""
     c0 = min(max(int(side * low) - length // 2, 0), side - length)
     c1 = min(max(int(side * high) - length // 2, 0), side - length)
     return c0, c1
 
 
 def crops_of(count, *arguments, **options) -> torch.Tensor:
-    """`count` crops (count, 4) by the same box: top, left, h, w."""
+    """`count` crops for the same box (count, 4): top, left, h, w."""
     crops = [cmae.sample_contrastive_crop(*arguments, **options) for _ in range(count)]
     return torch.tensor(crops)
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.6])
 def test_crops_equal_the_formula(alpha, monkeypatch):
-    """For 300 boxes and given Beta numbers, every corner is where the formula puts it."""
+    """For 300 boxes and known samples of Beta, every crop starts where the formula says."""
     torch.manual_seed(0)
     low = torch.rand(300, 2) * 0.7
     boxes = torch.cat([low, low + torch.rand(300, 2) * (1 - low)], dim=1)
@@ -69,8 +69,9 @@ def test_crops_equal_the_formula(alpha, monkeypatch):
 
 
 def slow_crop(rng, height, width, box, scale, alpha):
-    """Peng et al.'s crop with numpy's random numbers: the size of a RandomResizedCrop, ten tries
-    and then the largest crop of an allowed aspect; a Beta distributed place within the limits."""
+    """Peng et al.'s crop with numpy's random numbers. Its size is that of a RandomResizedCrop:
+    there are ten tries, and then the largest crop with an allowed aspect is taken. A sample of
+    Beta places it within the limits."""
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -87,7 +88,7 @@ def slow_crop(rng, height, width, box, scale, alpha):
 
 
 def farthest(a, b) -> float:
-    """Kolmogorov and Smirnov's statistic: the largest distance of two cumulative distributions."""
+    """The Kolmogorov-Smirnov statistic: the largest distance of two cumulative distributions."""
     a, b = np.sort(a), np.sort(b)
     both = np.concatenate([a, b])
     shares = (np.searchsorted(x, both, side="right") / len(x) for x in (a, b))
@@ -103,7 +104,7 @@ def test_crops_are_distributed_as_a_slow_version_of_them(height, width, box, sca
     torch.manual_seed(0)
     rng, count, box = np.random.default_rng(0), 2000, torch.tensor(box)
     ours = crops_of(count, height, width, box, scale, alpha=alpha).numpy()
-    box = box.tolist()  # rounded to fp32: int(side * low) can be one pixel less
+    box = box.tolist()  # rounded to fp32, which can move int(side * low) by one pixel
     slow = np.array([slow_crop(rng, height, width, box, scale, alpha) for _ in range(count)])
     for column in range(4):
         assert farthest(ours[:, column], slow[:, column]) < 0.06  # 1 in 700 samples by chance
@@ -116,7 +117,7 @@ def test_crops_are_distributed_as_a_slow_version_of_them(height, width, box, sca
 
 
 def test_crops_are_u_shaped_within_the_box_and_sized_as_random_resized_crops():
-    """The crops are small, so that each of them could lie anywhere in the box."""
+    """The crops are small, so that each of them can lie anywhere in the box."""
     torch.manual_seed(0)
     box, scale = torch.tensor([0.25, 0.5, 0.75, 0.5]), (0.05, 0.1)
     top, left, h, w = crops_of(2000, 64, 64, box, scale, alpha=0.1).T
@@ -147,7 +148,7 @@ def test_a_crop_that_fits_in_no_size_is_placed_by_the_box_too():
 
 
 def slow_box(heatmap, height, width):
-    """Bilinear enlargement between the centres of patches, value by value."""
+    """Enlarges the heatmap bilinearly between the centres of patches, value by value."""
     h, w = heatmap.shape
     heat = ((heatmap - heatmap.min()) / (heatmap.max() - heatmap.min())).tolist()
 
@@ -204,8 +205,9 @@ def iou(a, b):
 
 
 def test_boxes_lie_where_the_object_is():
-    """Shapes at random places of a large textured ground, before any training: IoU of the boxes
-    with the true ones, beside those of shuffled maps, of bare distances and of whole images."""
+    """Shapes lie at random places of a large textured ground, and the encoder is untrained. The IoU
+    of the boxes with the true ones is compared with that of the boxes of shuffled heatmaps, of
+    distances without a threshold, and of whole images."""
     torch.manual_seed(0)
     side = 20
     ground = F.interpolate(common.draw_shapes(64, 16, 0)[0][:, :, :3, :3].float(), (64, 64))
@@ -228,7 +230,7 @@ def test_boxes_lie_where_the_object_is():
 
 
 def corner_images(folder, size, count=8):
-    """Images that are black but for one white quarter, a different one for each of four."""
+    """Writes black images with one white quarter; four images in a row have different ones."""
     folder.mkdir(parents=True)
     for i in range(count):
         img = Image.new("RGB", (size, size))
@@ -250,18 +252,18 @@ def test_both_views_of_an_image_are_cropped_by_its_own_box(workers, tmp_path):
     view1, view2, labels = next(loader.batches(0))
     assert view1.shape == view2.shape == (8, 3, 16, 16) and labels.tolist() == [-1] * 8
     bright = [(view > 0).float().mean().item() for view in (view1, view2)]
-    assert max(bright) < 0.8  # anywhere in the image
+    assert max(bright) < 0.8  # without boxes, crops lie anywhere in the image
     for i in range(8):
         y, x = divmod(i % 4, 2)
         middle = torch.tensor([0.25 + 0.5 * y, 0.25 + 0.5 * x])
         crops.boxes[i] = torch.cat([middle - 0.05, middle + 0.05])
-    crops.known.fill_(True)  # the workers of the next epoch see it
+    crops.known.fill_(True)  # the workers of the next epoch see this
     view1, view2, _ = next(loader.batches(1))
     assert (view1 > 0).all() and (view2 > 0).all()
 
 
 def test_views_are_random_resized_crops_until_there_are_boxes():
-    """The first view is the one that MAE would see; the second is another crop, also flipped."""
+    """The first view is the one that MAE would get; the second is another crop, also flipped."""
     image = common.draw_shapes(1, 24, 0)[0][0]
     crops = cmae.ContrastiveCrop(1, 16, min_crop=0.3, alpha=0.1, contrast=True)
     single = cmae.ContrastiveCrop(1, 16, min_crop=0.3, alpha=0.1, contrast=False)
@@ -290,7 +292,7 @@ def test_views_are_the_pixels_of_the_crop_flipped_or_not(monkeypatch):
     monkeypatch.setattr(cmae, "sample_contrastive_crop", sample)
     crops = cmae.ContrastiveCrop(1, 16, min_crop=0.3, alpha=0.1, contrast=False)
     crops.known.fill_(True)
-    pixels = image[:, 3:19, 5:21]  # of the crop's size: nothing is resized
+    pixels = image[:, 3:19, 5:21]  # a view has the size of the crop, so nothing is resized
     torch.manual_seed(0)
     flipped = 0
     for _ in range(200):
@@ -301,8 +303,8 @@ def test_views_are_the_pixels_of_the_crop_flipped_or_not(monkeypatch):
 
 
 def test_colours_of_the_second_view_change_as_in_sdmae():
-    """ColorJitter(0.4, 0.4, 0.2, 0.1) with probability 0.8, and then grey with probability 0.2. On
-    an image of one colour, crops and flips change nothing."""
+    """There is ColorJitter(0.4, 0.4, 0.2, 0.1) with probability 0.8, and then grey with probability
+    0.2. On an image of one colour, crops and flips change nothing."""
     crops = cmae.ContrastiveCrop(1, 8, min_crop=0.5, alpha=0.1, contrast=True)
     sometimes, grey = crops.change_colours.transforms
     (jitter,) = sometimes.transforms
@@ -408,17 +410,17 @@ def test_the_heads_are_those_of_moco_v3():
 
 
 def test_the_losses_are_those_of_both_views(monkeypatch):
-    """Everything once more, in single passes, from the parts of the model."""
+    """All losses are computed once more from the parts of the model, one view at a time."""
     model = model_of(mask_ratio=0.25)
     view1, view2 = torch.randn(2, 4, 3, 16, 16)
     visible, mask = common.random_masking(4, 16, 0.25)
     monkeypatch.setattr(common, "random_masking", lambda *args: (visible, mask))
     loss, stats = model(view1, view2)
 
-    vit, asked = model.encoder, visible[:, :6]
+    vit, predicted = model.encoder, visible[:, :6]
     positions = vit.pos_embed[:, 1:].repeat(4, 1, 1)
     for b in range(4):
-        positions[b, asked[b]] = 0
+        positions[b, predicted[b]] = 0
     bare = F.conv2d(view1, vit.patch_embed.proj.weight, vit.patch_embed.proj.bias, stride=4)
     x = common.take_tokens(bare.flatten(2).transpose(1, 2) + positions, visible)
     x = torch.cat([(vit.cls_token + vit.pos_embed[:, :1]).expand(4, -1, -1), x], dim=1)
@@ -438,8 +440,8 @@ def test_the_losses_are_those_of_both_views(monkeypatch):
     accuracy = (cmae.contrastive_accuracy(q1, k2) + cmae.contrastive_accuracy(q2, k1)) / 2
     assert stats["contrastive_acc"] == accuracy
     logits = model.position_head(tokens1[:, 1:7])
-    torch.testing.assert_close(stats["position"], cmae.position_loss(logits, asked, "ce"))
-    assert stats["position_acc"] == (logits.argmax(2) == asked).float().mean()
+    torch.testing.assert_close(stats["position"], cmae.position_loss(logits, predicted, "ce"))
+    assert stats["position_acc"] == (logits.argmax(2) == predicted).float().mean()
     torch.testing.assert_close(loss, recon + 0.1 * contrastive + 0.1 * stats["position"],
                                atol=1e-4, rtol=1e-3)  # fmt: skip
     assert loss.requires_grad and not any(x.requires_grad for x in stats.values())
@@ -525,7 +527,7 @@ def test_a_task_of_weight_0_leaves_nothing_behind():
 
 
 def position_accuracy(steps, imgs_of, **options) -> float:
-    """After training: of fresh images, the share of positions that are found."""
+    """Trains a model; the share of positions that it then predicts correctly for fresh images."""
     torch.manual_seed(0)
     vit = common.ViT(16, 4, embed_dim=48, depth=2, num_heads=3)
     model = cmae.CMAE(vit, common.Decoder(vit, 16, 1, 2), 0.5, contrastive_weight=0,
@@ -540,7 +542,7 @@ def position_accuracy(steps, imgs_of, **options) -> float:
 
 
 def tinted(count: int) -> torch.Tensor:
-    """Images whose patches tell their place by a colour that is as different in each image."""
+    """Images in which the patch at each place has its own pattern, plus noise."""
     patches = torch.eye(16)[None] @ torch.randn(16, 48, generator=common.seeded("tint"))
     patches = patches + 0.3 * torch.randn(count, 16, 48)
     return common.unpatchify(patches, 4, (4, 4))
@@ -553,15 +555,17 @@ def shuffled(count: int) -> torch.Tensor:
 
 
 def test_positions_are_found_by_content_alone():
-    """Withheld: at chance on shuffled patches (1 of the 12 that are not given), found where the
-    content tells; given: found whatever the content."""
+    """Withheld positions of shuffled patches are predicted at chance, which is 1 in 12, because 4
+    of the 16 positions are given. If the content depends on the place, withheld positions are
+    found. Given positions are found whatever the content."""
     assert position_accuracy(60, shuffled) < 0.12
     assert position_accuracy(60, tinted) > 0.9
     assert position_accuracy(60, shuffled, position_input="given") > 0.9
 
 
 def test_a_withheld_position_has_no_influence(monkeypatch):
-    """On what enters the first block: tokens 1..4 of view 1, of the others it has."""
+    """If the position embedding changes, all patch tokens that enter the first block change except
+    tokens 1..4 of view 1, whose positions are withheld."""
     model, imgs, entered = model_of(), torch.randn(2, 2, 3, 16, 16), []
     model.encoder.blocks[0].register_forward_pre_hook(lambda _, x: entered.append(x[0]))
     visible, mask = common.random_masking(2, 16, 0.5)
@@ -578,7 +582,7 @@ def test_a_withheld_position_has_no_influence(monkeypatch):
 
 
 def compute_part(folder) -> None:
-    """This process's part of views.pt, its gradients and so on to a file."""
+    """Computes this process's part of views.pt, and writes stats, gradients and boxes to a file."""
     run, model = common.Run(settings("cmae", "--out", folder)), model_of()
     run.epoch = 2
     views, (visible, mask) = torch.load(f"{folder}/views.pt")
@@ -597,7 +601,7 @@ def compute_part(folder) -> None:
 
 
 def test_two_processes_compute_what_one_does_with_the_whole_batch(tmp_path):
-    """Contrastive loss, BatchNorm statistics, gradients of everything, boxes of 37 images."""
+    """This is true of the contrastive loss, BatchNorm statistics, all gradients and 37 boxes."""
     views = torch.randn(2, 8, 3, 16, 16)
     torch.save((views, common.random_masking(8, 16, 0.5)), tmp_path / "views.pt")
     compute_part(tmp_path)

@@ -1,4 +1,4 @@
-"""MixedAE: each part against a slow version of its equation, then runs of the script."""
+"""MixedAE: each part is compared with a slow version of its equation; then the script is run."""
 
 import math
 import shutil
@@ -17,11 +17,11 @@ SWITCHES = ["--no-homologous-attention", "--no-homologous-loss", "--no-segment"]
 
 
 def model_of(size=2, channels=3, img_size=16, depth=3, **options):
-    """L = 16 patches, G = `size`."""
+    """A small MixedAE with groups of `size` images, which have 16 patches by default."""
     torch.manual_seed(0)
     vit = common.ViT(img_size, 4, channels, embed_dim=24, depth=depth, num_heads=3)
     model = mixed_ae.MixedAE(vit, common.Decoder(vit, 16, 2, 2), ratio=1 / size, **options)
-    with torch.no_grad():  # cls and biases that are not 0 would otherwise hide mistakes
+    with torch.no_grad():  # biases that are 0 would hide mistakes
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))
     return model
@@ -46,7 +46,7 @@ def test_every_image_has_exactly_its_share_of_the_mixture(length, size):
 
 def test_the_assignment_is_uniform_and_repeatable():
     source = mixed_ae.random_mixing(20000, 4, 16, generator=common.seeded("a"))
-    share = F.one_hot(source, 4).double().mean(dim=0)  # of each image at each place
+    share = F.one_hot(source, 4).double().mean(dim=0)  # how often each image is at each place
     assert (share - 0.25).abs().max() < 0.015
     equal = (source[:, :, None] == source[:, None]).double().mean(dim=0)
     expected = torch.full((16, 16), 3 / 15, dtype=torch.double).fill_diagonal_(1)
@@ -89,7 +89,7 @@ def test_the_gradient_of_unmix_reaches_each_token_once_and_the_mask_token_elsewh
 
 
 def slow_attention(q, k, v, topk, keep=None):
-    """Query by query, a softmax over the kept keys alone."""
+    """Computes a softmax over the kept keys only, query by query."""
     out = []
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
@@ -120,7 +120,8 @@ def test_homologous_attention_and_its_gradients_equal_loops(topk):
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_homologous_attention_in_half_precision(autocast):
-    """Where rounding makes products equal, still exactly K keys, none of them clearly worse."""
+    """Even where rounding makes products equal, exactly K keys are kept, and none of them has a
+    clearly smaller product than a key that is dropped."""
     q, k, v = queries(torch.float32 if autocast else torch.bfloat16, length=65, dim=16)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         keep = mixed_ae.topk_mask(q, k, 16) == 0
@@ -188,11 +189,11 @@ def test_homologous_contrastive_loss_equals_loops(size, dtype):
 
 
 def slow_auc(score, own) -> float:
-    """Area under the ROC curve, step by step: thresholds from above, equal scores at once."""
+    """The area under the ROC curve. Thresholds fall, and equal scores make one step."""
     hits, alarms, area = 0, 0, 0.0
     for threshold in sorted(set(score), reverse=True):
         group = [mine for x, mine in zip(score, own, strict=True) if x == threshold]
-        area += (len(group) - sum(group)) * (hits + sum(group) / 2)  # trapezoids
+        area += (len(group) - sum(group)) * (hits + sum(group) / 2)  # one trapezoid
         hits, alarms = hits + sum(group), alarms + len(group) - sum(group)
     return area / (hits * alarms)
 
@@ -207,7 +208,7 @@ def slow_own_image_auc(z, source) -> float:
 
 
 def test_own_image_auc_equals_the_area_under_curves():
-    """With ties, as of signs; and at its extremes."""
+    """Also with ties, which the signs of numbers have, and at its extremes."""
     source = mixed_ae.random_mixing(3, 3, 12)
     for z in (torch.randn(3, 12, 4), torch.randn(3, 12, 4).sign()):
         expected = sum(map(slow_own_image_auc, z, source)) / 3
@@ -223,7 +224,7 @@ def test_own_image_auc_equals_the_area_under_curves():
 
 
 def slow_tokens(model, imgs, source, topk, segments=True):
-    """Every image embedded, positions added, then mixed; blocks with the slow attention."""
+    """Embeds every image, adds positions, and then mixes. The blocks have the slow attention."""
     vit, size = model.encoder, model.group_size
     whole = F.conv2d(imgs, vit.patch_embed.proj.weight, vit.patch_embed.proj.bias, stride=4)
     whole = whole.flatten(2).transpose(1, 2) + vit.pos_embed[:, 1:]
@@ -272,29 +273,29 @@ def test_recognition_is_measured_on_a_fixed_mixture_without_segments(monkeypatch
         model.segment.weight.mul_(100)
     state = torch.get_rng_state()
     results = mixed_ae.measure_recognition(model, imgs)
-    assert torch.equal(torch.get_rng_state(), state)  # training goes on undisturbed
+    assert torch.equal(torch.get_rng_state(), state)  # so the measurement does not change training
     assert mixed_ae.measure_recognition(model, imgs) == results
     mixed, source = calls[0]
     assert all(torch.equal(mixed, x) and torch.equal(source, y) for x, y in calls)
     index = [int((imgs == img).flatten(1).all(dim=1).nonzero()) for img in mixed]
-    assert sorted(index) == list(range(8)) != index  # in a folder, classes lie side by side
+    assert sorted(index) == list(range(8)) != index  # shuffled: folders list class by class
 
-    (tokens, accuracy), (_, by_label) = (encode(mixed, source, x) for x in (False, True))
+    (tokens, accuracy), (_, with_segments) = (encode(mixed, source, x) for x in (False, True))
     expected, z = dict(topk_content=accuracy.item()), tokens[:, 1:]
     expected["homo_content"] = mixed_ae.homologous_contrastive_loss(z, source, 0.25).item()
     areas = [slow_own_image_auc(*mixture) for mixture in zip(z, source, strict=True)]
     expected["own_image_auc"] = sum(areas) / 2
     assert results == pytest.approx(expected, abs=1e-4)
-    assert abs(by_label - results["topk_content"]) > 0.01
+    assert abs(with_segments - results["topk_content"]) > 0.01
 
 
-def test_labels_alone_solve_the_task_but_not_what_is_measured():
-    """On noise, in which there is nothing else to recognise."""
+def test_segments_alone_solve_the_task_but_not_what_is_measured():
+    """In noise, there is nothing else to recognise."""
     torch.manual_seed(0)
     vit = common.ViT(16, 4, embed_dim=48, depth=2, num_heads=3)
     model = mixed_ae.MixedAE(vit, common.Decoder(vit, 24, 1, 2), ratio=0.25, homo_weight=1.0)
     with torch.no_grad():
-        model.segment.weight.mul_(20)  # or it takes 200 steps
+        model.segment.weight.mul_(20)  # otherwise this takes 200 steps
     optimizer = common.adamw(model, 0.0, lr=3e-3)
     for _ in range(40):
         loss, stats = model(torch.randn(32, 3, 16, 16))
@@ -390,7 +391,7 @@ def test_a_hidden_patch_is_never_seen_and_groups_do_not_touch(monkeypatch):
 
 
 def test_without_the_switches_it_is_naive_mixing(monkeypatch):
-    """The mixed picture through the ordinary ViT, then MAE's decoder, once for each image."""
+    """The ordinary ViT encodes the mixed picture, and MAE's decoder is called for each image."""
     options = dict(homologous_attention=False, homo_weight=0, segment=False)
     model, imgs = model_of(4, **options), torch.randn(8, 3, 16, 16)
     source = mixed_ae.random_mixing(2, 4, 16)
@@ -427,20 +428,21 @@ def test_each_switch_changes_what_it_names_alone():
     imgs, results = torch.randn(8, 3, 16, 16), {}
     for name in ("homologous_attention", "homo_weight", "segment", None):
         model = model_of(4, **{name: False} if name else {})
-        if name == "segment":  # the same weights but for it
+        if name == "segment":  # all other weights stay the same
             model.load_state_dict({k: v for k, v in model_of(4).state_dict().items()
                                    if "segment" not in k})  # fmt: skip
         torch.manual_seed(0)
         results[name] = model(imgs)
     loss, full = results.pop(None)
-    assert results["homo_weight"][1] == full  # the number is still logged
+    assert results["homo_weight"][1] == full  # homo is still logged
     assert results["homo_weight"][0] == full["recon"] != loss
     for name in ("homologous_attention", "segment"):
         assert abs(results[name][1]["recon"] - full["recon"]) > 1e-4, name
 
 
 def test_patches_learn_to_recognise_their_image():
-    """By content, to the loss's minimum: the other 7 of 8 patches at cosine 1, the rest at -1."""
+    """They learn it from content. The loss reaches its minimum, at which the cosine is 1 for the
+    other 7 of 8 patches of the same image, and -1 for the rest."""
     torch.manual_seed(0)
     imgs = torch.randn(16, 3, 1, 1) + 0.3 * torch.randn(16, 3, 16, 16)
     vit = common.ViT(16, 4, embed_dim=48, depth=2, num_heads=3)
@@ -491,9 +493,9 @@ def test_a_run(naive, tmp_path, shapes_folder, whole):
 
 
 def test_compiled_it_computes_the_same(monkeypatch):
-    """Traced, forward and backward, but not translated to C++, which takes long."""
+    """The model is traced, forward and backward, but not translated to C++, which takes long."""
     model, imgs = model_of(4, depth=2), torch.randn(8, 3, 16, 16)
-    source = mixed_ae.random_mixing(2, 4, 16)  # compiled code draws other numbers
+    source = mixed_ae.random_mixing(2, 4, 16)  # compiled code draws other random numbers
     monkeypatch.setattr(mixed_ae, "random_mixing", lambda *args: source)
     (loss, stats), _ = model(imgs), model.compile(backend="aot_eager")
     compiled, compiled_stats = model(imgs)
