@@ -102,7 +102,7 @@ class Config(common.TrainConfig):
     cutmix: float = 1.0  # finetune: alpha of cutmix; 0 is none
     smoothing: float = 0.1  # finetune: label smoothing
     erasing: float = 0.25  # finetune: probability of random erasing
-    val_every: int = 1  # validation every so many epochs and at the end; 0 is the end alone
+    val_every: int | None = None  # validation every so many epochs and at the end [1; segment 0]
     out: str | None = None  # where eval.json goes [beside the encoder]
 
     def check(self) -> None:
@@ -128,14 +128,14 @@ def recipe(mode: str, width: int) -> dict:
         return dict(pool="cls")
     if mode == "segment":
         return dict(epochs=10, batch_size=64, lr=0.03, warmup_epochs=1, weight_decay=0.0,
-                    min_crop=0.5, accumulate=1, pool=None)  # fmt: skip
+                    min_crop=0.5, accumulate=1, pool=None, val_every=0)  # fmt: skip
     if mode == "finetune":
         return dict(epochs=50 if large else 100, batch_size=1024, base_lr=1e-3 if large else 5e-4,
                     warmup_epochs=5, weight_decay=0.05, layer_decay=0.75 if large else 0.65,
                     drop_path=0.3 if huge else 0.2 if large else 0.1, min_crop=0.08, pool="mean",
-                    accumulate=1)  # fmt: skip
+                    accumulate=1, val_every=1)  # fmt: skip
     return dict(epochs=50 if large else 90, batch_size=16384, base_lr=0.1, warmup_epochs=10,
-                weight_decay=0.0, min_crop=0.08, pool="cls")  # fmt: skip
+                weight_decay=0.0, min_crop=0.08, pool="cls", val_every=1)  # fmt: skip
 
 
 class LARS(torch.optim.Optimizer):
