@@ -1,4 +1,5 @@
-"""What the tests share: the smallest run of each method, checks of runs, processes, data."""
+"""What all tests share: the smallest model and run of each method, helpers that compare runs and
+start processes, and small data sets."""
 
 import faulthandler
 import functools
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(1)  # models are too small for two, which wait for each other
+torch.set_num_threads(1)  # with models this small, two threads mostly wait for each other
 
 import cmae  # noqa: E402
 import common  # noqa: E402
@@ -32,8 +33,8 @@ import supervised_mim  # noqa: E402
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: long tests, which only -m slow runs")
-    config.terminal = os.dup(2)  # what pytest does not capture
+    config.addinivalue_line("markers", "slow: long tests, which only `pytest -m slow` runs")
+    config.terminal = os.dup(2)  # the real stderr, because pytest captures file descriptor 2
 
 
 def pytest_collection_modifyitems(config, items):
@@ -43,7 +44,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def time_limit(request):
-    """A test that hangs ends the session, with a traceback that names it."""
+    """If a test takes ten minutes, it hangs: ends the session with a traceback that names it."""
     if "slow" not in request.keywords:
         faulthandler.dump_traceback_later(600, exit=True, file=request.config.terminal)
     yield
@@ -52,7 +53,7 @@ def time_limit(request):
 
 # ------------------------------------------------------------------------------ methods
 
-# The smallest model that has every part; flags of all pre-training scripts.
+# Flags that all pre-training scripts share, for the smallest model that has every part.
 TINY = ["--img-size", "16", "--patch-size", "4", "--depth", "1", "--batch-size", "16",
         "--workers", "0", "--device", "cpu"]  # fmt: skip
 DECODER = ["--decoder-dim", "16", "--decoder-depth", "1", "--decoder-heads", "2"]
@@ -62,72 +63,74 @@ GAN = ["--depth", "3", *DECODER, "--decoder-depth", "3", "--disc-width", "32",
 
 class Method(NamedTuple):
     script: ModuleType
-    small: list[str]  # beside TINY
-    whole: list[str]  # of the run that the fixture `whole` makes, in epochs of four steps
-    stops: list[list[str]]  # flags of the pieces in which the same run is made once more
+    model_flags: list[str]  # these and TINY give the method's smallest model
+    run_flags: list[str]  # added for the run of the fixture `whole_run`; an epoch has four steps
+    pieces: list[list[str]]  # added by the calls that make the same run in pieces, one list a call
 
 
-def at(*steps: int) -> list[list[str]]:
+def stop_after(*steps: int) -> list[list[str]]:
     return [["--steps", str(n)] for n in steps]
 
 
-# Stops are in the middle and at the ends of epochs: with boxes to be renewed (cmae), between two
-# checks of p, two R1 steps, two copies of D (gan), in the tokenizer's training and between it and
-# the model's (supervised).
-gan = ["--epochs", "6", "--accumulate", "2", "--recon-every", "3"], at(3, 17, 24)
+# The pieces end in the middle and at the ends of epochs, and where resuming is difficult: just
+# before CMAE's boxes are renewed; in the GAN variants, between two updates of p, two R1 steps and
+# two copies of the discriminator; in Supervised MIM, within and just after the tokenizer's training.
+GAN_RUN = ["--epochs", "6", "--accumulate", "2", "--recon-every", "3"]
+GAN_PIECES = stop_after(3, 17, 24)
 METHODS = {
     "mae": Method(
         mae_perceptual, [*DECODER, "--variant", "mae"],
         ["--epochs", "3", "--accumulate", "2", "--knn-every", "2", "--recon-every", "2"],
-        at(3, 5, 12),
+        stop_after(3, 5, 12),
     ),
     "ssim": Method(
         mae_perceptual, [*DECODER, "--variant", "ssim"],
-        ["--epochs", "3", "--accumulate", "2", "--recon-every", "2"], at(3, 12),
+        ["--epochs", "3", "--accumulate", "2", "--recon-every", "2"], stop_after(3, 12),
     ),
-    "ls": Method(mae_perceptual, [*GAN, "ls"], *gan),
-    "msg": Method(mae_perceptual, [*GAN, "msg"], *gan),
-    "msg-ada": Method(mae_perceptual, [*GAN, "msg-ada"], *gan),
+    "ls": Method(mae_perceptual, [*GAN, "ls"], GAN_RUN, GAN_PIECES),
+    "msg": Method(mae_perceptual, [*GAN, "msg"], GAN_RUN, GAN_PIECES),
+    "msg-ada": Method(mae_perceptual, [*GAN, "msg-ada"], GAN_RUN, GAN_PIECES),
     "mixed_ae": Method(
         mixed_ae, ["--depth", "2", *DECODER],
-        ["--epochs", "3", "--accumulate", "2", "--knn-every", "1"], at(3, 5, 12),
+        ["--epochs", "3", "--accumulate", "2", "--knn-every", "1"], stop_after(3, 5, 12),
     ),
     "cmae": Method(
         cmae, ["--depth", "2", *DECODER, "--head-hidden", "32", "--head-dim", "16"],
-        ["--epochs", "5", "--accumulate", "2", "--knn-every", "5"], at(4, 6, 13, 20),
+        ["--epochs", "5", "--accumulate", "2", "--knn-every", "5"], stop_after(4, 6, 13, 20),
     ),
     "supervised_mim": Method(
         supervised_mim, ["--decoder-depth", "1", "--tokenizer-width", "4", "--codebook-size", "16",
                          "--codebook-dim", "8", "--tokenizer-epochs", "2"],
         ["--epochs", "3", "--mixup", "0.5"],
-        [["--train-tokenizer", "--steps", "3"], ["--train-tokenizer"], *at(3, 5), []],
+        [["--train-tokenizer", "--steps", "3"], ["--train-tokenizer"], *stop_after(3, 5), []],
     ),
 }  # fmt: skip
 
 
 def settings(method: str, *flags):
-    """The checked Config of the method's smallest model."""
-    script, small, *_ = METHODS[method]
-    return common.parse(script.Config, script.PRESETS, [*TINY, *small, *map(str, flags)])
+    """The Config of the method's smallest model, changed by flags."""
+    script = METHODS[method].script
+    flags = [*TINY, *METHODS[method].model_flags, *map(str, flags)]
+    return common.parse(script.Config, script.PRESETS, flags)
 
 
 def train(method: str, out, data, *flags) -> None:
-    """Run the method's script, in this process."""
+    """Trains the method's smallest model in this process."""
     cfg = settings(method, "--out", out, "--data", data, *flags)
     METHODS[method].script.main(cfg)
 
 
-def mistake(capsys, script: ModuleType, *arguments) -> str:
-    """The one line with which a script refuses its arguments, or ends a run, with exit code 2."""
+def error_of(capsys, script: ModuleType, *arguments) -> str:
+    """Runs a script that must fail with exit code 2 and returns its one-line error."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         presets = getattr(script, "PRESETS", {})
         script.main(common.parse(script.Config, presets, [str(x) for x in arguments]))
-    return refusal(end.value.code, capsys.readouterr().err)
+    return error_line(end.value.code, capsys.readouterr().err)
 
 
-def refusal(code: int, stderr: str) -> str:
-    """The one line of stderr, apart from bars of progress."""
+def error_line(code: int, stderr: str) -> str:
+    """The only line of stderr that is not a progress bar. The exit code must be 2."""
     lines = [x for x in stderr.splitlines() if x and not x.startswith("epoch ")]
     assert code == 2 and len(lines) == 1, stderr
     return lines[0]
@@ -145,7 +148,7 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def assert_same_state(a: Path, b: Path) -> None:
-    """All that two checkpoints restore is equal, bit for bit: models, optimisers, the rest."""
+    """Two runs' checkpoints restore the same models, optimisers and other states, bit for bit."""
     states = []
     for folder in (a, b):
         state = torch.load(folder / "checkpoint.pt", weights_only=True)
@@ -160,7 +163,7 @@ def assert_same_state(a: Path, b: Path) -> None:
 
 
 def run_script(*arguments, torchrun: int = 0) -> subprocess.CompletedProcess:
-    """A script of this repository as a user starts it, in the given number of processes."""
+    """Runs a script as a user does: in one process, or in `torchrun` processes of torchrun."""
     launcher = [sys.executable]
     if torchrun:
         launcher += ["-m", "torch.distributed.run", "--standalone"]
@@ -172,22 +175,22 @@ def run_script(*arguments, torchrun: int = 0) -> subprocess.CompletedProcess:
     )
 
 
-# One process imports torch, which takes seconds, and all others are forks of it.
+# To import torch takes seconds, so one process imports it, and all others are forked from that one.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch.nn.parallel", "torchvision.transforms.v2"])
 
 
 def in_processes(count: int, function, *arguments) -> list[int]:
-    """Call function(*arguments) in as many processes, which find what torchrun would tell them.
-    Returns their exit codes."""
+    """Calls function(*arguments) in `count` processes that have torchrun's environment variables,
+    and returns their exit codes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        place = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost",
-                 "MASTER_PORT": str(free.getsockname()[1])}  # fmt: skip
+        shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost",
+                  "MASTER_PORT": str(free.getsockname()[1])}  # fmt: skip
     processes = []
     for rank in range(count):
-        environment = place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        process = FORKS.Process(target=_call, args=(environment, function, arguments))
+        environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        process = FORKS.Process(target=call_with, args=(environment, function, arguments))
         process.start()
         processes.append(process)
     for process in processes:
@@ -200,10 +203,11 @@ def in_processes(count: int, function, *arguments) -> list[int]:
     return [process.exitcode for process in processes]
 
 
-def _call(environment: dict, function, arguments) -> None:
+def call_with(environment: dict, function, arguments) -> None:
+    """Calls function(*arguments) under these environment variables; runs in a forked process."""
     os.environ.update(environment)
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process leaves behind
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # `sh -c "pytest &"` ignores it
+    tqdm.set_lock(threading.RLock())  # tqdm's own is a semaphore, which outlives a killed process
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of sh ignore SIGINT
     function(*arguments)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -222,7 +226,7 @@ def write_images(folder: Path, count: int, size: int, seed: int, labelled: bool 
 
 @pytest.fixture(scope="session")
 def shapes_folder(tmp_path_factory) -> Path:
-    """train/ (64 images) and val/ (32), 16 px, in class folders."""
+    """A folder with 64 images in train/ and 32 in val/, of 16 px, in class folders."""
     folder = tmp_path_factory.mktemp("shapes")
     write_images(folder / "train", 64, 16, seed=0)
     write_images(folder / "val", 32, 16, seed=1)
@@ -230,27 +234,28 @@ def shapes_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory, shapes_folder):
-    """whole(method): the folder of its run without a stop, made once; for reading only."""
+def whole_run(tmp_path_factory, shapes_folder):
+    """whole_run(method) is the folder of a run without a stop. All tests share it, so they must not
+    change it."""
 
     @functools.cache
     def run(method: str) -> Path:
         folder = tmp_path_factory.mktemp(method)
-        train(method, folder, shapes_folder, *METHODS[method].whole)
+        train(method, folder, shapes_folder, *METHODS[method].run_flags)
         return folder
 
     return run
 
 
 @pytest.fixture(scope="session")
-def tokenizer(whole) -> Path:
+def tokenizer(whole_run) -> Path:
     """A tokenizer.pt for the smallest model of supervised_mim."""
-    return whole("supervised_mim") / "tokenizer" / "tokenizer.pt"
+    return whole_run("supervised_mim") / "tokenizer" / "tokenizer.pt"
 
 
 @pytest.fixture(scope="session")
 def cifar_folder(tmp_path_factory) -> Path:
-    """train/ (1600 images) and val/ (200) of CIFAR-10: the first of each class."""
+    """A folder with the first 160 training and 20 test images of each class of CIFAR-10."""
     source = ROOT / "data" / "cifar10"
     if not source.is_dir():
         pytest.skip("no data/cifar10 (class folders of JPEGs in train/ and val/)")

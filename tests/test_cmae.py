@@ -631,8 +631,8 @@ def test_all_off_is_mae_bit_for_bit(tmp_path, shapes_folder):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_run(whole):
-    folder = whole("cmae")
+def test_a_run(whole_run):
+    folder = whole_run("cmae")
     names = {path.name for path in folder.iterdir()}
     assert {f"boxes_{n:04d}.png" for n in (2, 3, 4, 5)} == {n for n in names if "boxes" in n}
     lines = metrics(folder)
@@ -647,8 +647,10 @@ def test_a_run(whole):
         assert picture.width > 8 * 90 and picture.height > 2 * 90
 
 
-def test_the_momentum_encoder_starts_as_the_encoder_that_is_loaded(tmp_path, shapes_folder, whole):
-    file = whole("cmae") / "encoder.pt"
+def test_the_momentum_encoder_starts_as_the_encoder_that_is_loaded(
+    tmp_path, shapes_folder, whole_run
+):
+    file = whole_run("cmae") / "encoder.pt"
     train("cmae", tmp_path, shapes_folder, "--steps", "1", "--momentum", "1", "--init-from", file)
     started, name = weights(tmp_path), "blocks.0.attn.qkv.weight"
     loaded = torch.load(file, weights_only=True)["model"]

@@ -1,4 +1,4 @@
-"""--compile: each method is one graph, compiled once, and computes what it does without."""
+"""--compile: each method is one graph, which is compiled once and computes the same as without."""
 
 import json
 
@@ -16,13 +16,13 @@ RUNS = [("mae", []), ("ssim", []), ("ls", []), ("msg", []), ("msg-ada", []),
         ("cmae", ["--accumulate", "2"]), ("cmae", ["--contrastive-weight", "0"]),
         ("supervised_mim", []), ("supervised_mim", ["--target", "pixels"]),
         ("supervised_mim", ["--mim-weight", "0"])]  # fmt: skip
-STEPS = ["--epochs", "2", "--steps", "6", "--knn-every", "0"]  # 4 of one epoch and 2 of the next
+STEPS = ["--epochs", "2", "--steps", "6", "--knn-every", "0"]  # stops within the second epoch
 
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """What --compile traces from now on: a graph more for each break and each recompilation. They
-    are run by the same kernels as without it, so that results are equal bit for bit."""
+    """A list of the graphs that --compile traces. Each graph break and each recompilation adds one.
+    The graphs run with the same kernels as eager code, so that results are equal bit for bit."""
     traced, compile_in_place = [], nn.Module.compile
 
     def backend(graph, inputs):
@@ -36,7 +36,8 @@ def graphs(monkeypatch):
 
 @pytest.mark.parametrize("method, flags", RUNS, ids=[" ".join([x, *y]) for x, y in RUNS])
 def test_one_graph_serves_all_steps(method, flags, graphs, tmp_path, shapes_folder, request):
-    """(Of steps with a path length, which is differentiated twice, none is compiled; nor is D.)"""
+    """Two parts are never compiled: steps with path-length regularisation, which is differentiated
+    twice, and the discriminator."""
     if method == "supervised_mim" and not flags:
         flags = ["--tokenizer", request.getfixturevalue("tokenizer")]
     train(method, tmp_path / "plain", shapes_folder, *STEPS, *flags)
@@ -46,8 +47,10 @@ def test_one_graph_serves_all_steps(method, flags, graphs, tmp_path, shapes_fold
     assert_same_state(tmp_path / "plain", tmp_path / "compiled")
 
 
-def test_fine_tuning_is_one_graph_and_validation_another(graphs, whole, shapes_folder, tmp_path):
-    arguments = [whole("mae"), "--mode", "finetune", "--data", shapes_folder, "--epochs", "2",
+def test_fine_tuning_is_one_graph_and_validation_another(
+    graphs, whole_run, shapes_folder, tmp_path
+):
+    arguments = [whole_run("mae"), "--mode", "finetune", "--data", shapes_folder, "--epochs", "2",
                  "--batch-size", "32", "--workers", "0", "--device", "cpu", "--out"]  # fmt: skip
     scores = []
     for out, more in (("plain", []), ("compiled", ["--compile"])):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import METHODS, in_processes, mistake, settings, weights, write_images
+from conftest import METHODS, error_of, in_processes, settings, weights, write_images
 from PIL import Image
 from torch.utils.data import Dataset, Subset, TensorDataset
 from torchvision.transforms import v2
@@ -436,7 +436,7 @@ def test_every_script_trains_on_a_user_s_data(method, tmp_path):
 def test_a_probe_of_a_run_on_own_data_wants_data(tmp_path, capsys):
     data = Own(48, classes=10), Own(24, classes=10)
     METHODS["mae"].script.main(settings("mae", "--out", tmp_path, "--epochs", "1"), data)
-    error = mistake(capsys, eval_linear, tmp_path, "--device", "cpu")
+    error = error_of(capsys, eval_linear, tmp_path, "--device", "cpu")
     assert "does not say what it was trained on: --data is needed" in error
     cfg = eval_linear.Config(encoder=str(tmp_path), mode="knn", device="cpu", workers=0)
     eval_linear.main(cfg, data)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import in_processes, mistake, refusal, weights
+from conftest import error_line, error_of, in_processes, weights
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -340,7 +340,7 @@ def test_an_encoder_of_own_data_sets_does_not_know_what_to_be_evaluated_on(
 ):
     content = torch.load(encoder_file, weights_only=True)
     torch.save(content | {"config": {"data": None, "data_dir": "data"}}, encoder_file)
-    line = mistake(capsys, eval_linear, encoder_file, "--mode", "knn", "--device", "cpu")
+    line = error_of(capsys, eval_linear, encoder_file, "--mode", "knn", "--device", "cpu")
     assert "does not say what it was trained on" in line and "--data" in line
     named = evaluate(encoder_file, "knn", "--data", str(easy_folder))
     assert named["top1"] > 90 and named["settings"]["data"] == str(easy_folder)
@@ -360,7 +360,7 @@ def test_own_data_sets_need_the_same_classes(classes, message, encoder_file, cap
     for data in ((train, val), *[(train, None)] * (message == "labels are needed")):
         with pytest.raises(SystemExit) as end:
             evaluate(encoder_file, "knn", data=data)
-        assert message in refusal(end.value.code, capsys.readouterr().err)
+        assert message in error_line(end.value.code, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("mode, flags, expected", [
@@ -459,7 +459,7 @@ def test_features_that_are_not_finite_have_no_score(mode, encoder_file, capsys):
     content["model"]["norm.bias"][0] = torch.nan
     torch.save(content, encoder_file)
     flags = [encoder_file, "--mode", mode, "--device", "cpu"]
-    assert "features are not finite" in mistake(capsys, eval_linear, *flags)
+    assert "features are not finite" in error_of(capsys, eval_linear, *flags)
 
 
 def test_two_processes_evaluate_as_one(encoder_file):
@@ -568,4 +568,4 @@ def test_cached_probe_holds_training_images_out_to_choose_its_weight():
 ])  # fmt: skip
 def test_mistakes_are_one_line_and_exit_code_2(arguments, message, encoder_file, capsys):
     arguments = [encoder_file if a == "ENCODER" else a for a in arguments]
-    assert message in mistake(capsys, eval_linear, *arguments)
+    assert message in error_of(capsys, eval_linear, *arguments)

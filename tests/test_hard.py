@@ -23,11 +23,11 @@ from conftest import (
     METHODS,
     ROOT,
     TINY,
-    _call,
     assert_same_state,
+    call_with,
+    error_line,
     in_processes,
     metrics,
-    refusal,
     train,
     weights,
     write_images,
@@ -52,18 +52,18 @@ def begin(entry: str, out, data, encoder, *flags) -> None:
                  "--batch-size", "16", "--accumulate", "2", "--out", out, *flags]  # fmt: skip
         script.main(common.parse(script.Config, presets, [*map(str, flags), "--workers", "0"]))
     else:
-        train(entry, out, data, *METHODS[entry].whole, *flags)
+        train(entry, out, data, *METHODS[entry].run_flags, *flags)
 
 
 @pytest.fixture(scope="session")
-def entry(whole, tmp_path_factory, shapes_folder):
+def entry(whole_run, tmp_path_factory, shapes_folder):
     """entry(name): the arguments of begin, but for the folder, and the folder of a whole run."""
     folder = tmp_path_factory.mktemp("finetune")
 
     def made(name: str):
-        arguments = shapes_folder, whole("mae") / "encoder.pt"
+        arguments = shapes_folder, whole_run("mae") / "encoder.pt"
         if name != "finetune":
-            return arguments, whole(name)
+            return arguments, whole_run(name)
         if not any(folder.iterdir()):
             begin(name, folder, *arguments)
         return arguments, folder
@@ -88,7 +88,7 @@ def assert_same_runs(one: Path, two: Path) -> None:
 
 def start(function, *arguments) -> multiprocessing.Process:
     place = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
-    process = FORKS.Process(target=_call, args=(place, function, arguments))
+    process = FORKS.Process(target=call_with, args=(place, function, arguments))
     process.start()
     return process
 
@@ -223,7 +223,7 @@ def launch(*arguments, nodes=1, port=29555, processes=2) -> subprocess.Popen:
 
 @pytest.mark.slow
 def test_one_of_two_processes_is_killed(tmp_path, shapes_folder):
-    flags = [*TINY, *METHODS["mae"].small, "--data", shapes_folder, "--out", tmp_path]
+    flags = [*TINY, *METHODS["mae"].model_flags, "--data", shapes_folder, "--out", tmp_path]
     job = launch("mae_perceptual.py", *flags, "--epochs", "3000", "--knn-every", "0")
     while not (tmp_path / "checkpoint.pt").exists():
         time.sleep(0.1)
@@ -242,7 +242,7 @@ def test_one_of_two_processes_is_killed(tmp_path, shapes_folder):
 
 @pytest.mark.slow
 def test_two_nodes(tmp_path, shapes_folder):
-    flags = [*TINY, *METHODS["mae"].small, "--data", shapes_folder, "--epochs", "2"]
+    flags = [*TINY, *METHODS["mae"].model_flags, "--data", shapes_folder, "--epochs", "2"]
     jobs = [launch("mae_perceptual.py", *flags, "--out", tmp_path / "two", nodes=2,
                    processes=1) for _ in range(2)]  # fmt: skip
     for job in jobs:
@@ -277,7 +277,7 @@ def test_a_full_disk(name, entry, tmp_path):
             process = start(begin_on_a_small_disk, stderr, name, disk / "run", *arguments)
             process.join()
             if process.exitcode:
-                error = refusal(process.exitcode, stderr.read_text())
+                error = error_line(process.exitcode, stderr.read_text())
                 assert "No space left" in error or "could not write" in error
                 assert not list(disk.rglob("*.tmp"))
                 subprocess.run(["mount", "-o", "remount,size=1g", disk], check=True)
@@ -347,7 +347,7 @@ def random_flags(draw: random.Random, config_class, names: list[str]) -> list[st
 
 
 @pytest.fixture(scope="session")
-def playground(tmp_path_factory, whole, tokenizer, shapes_folder):
+def playground(tmp_path_factory, whole_run, tokenizer, shapes_folder):
     """A folder of good and bad files."""
     folder = tmp_path_factory.mktemp("playground")
     shutil.copytree(shapes_folder, folder / "data")
@@ -355,8 +355,8 @@ def playground(tmp_path_factory, whole, tokenizer, shapes_folder):
     write_images(folder / "broken", 20, 20, seed=0, labelled=False)
     for path in sorted((folder / "broken").iterdir())[:10]:
         path.write_bytes(path.read_bytes()[:60])
-    shutil.copytree(whole("mae"), folder / "run")
-    shutil.copy(whole("mae") / "encoder.pt", folder)
+    shutil.copytree(whole_run("mae"), folder / "run")
+    shutil.copy(whole_run("mae") / "encoder.pt", folder)
     shutil.copy(tokenizer, folder)
     (folder / "junk.pt").write_text("junk")
     return folder
@@ -375,7 +375,7 @@ def fuzz(script, count: int, seed: int, folder: Path) -> tuple[int, int, list[st
         out = folder / "out"
         flags = random_flags(draw, script.Config, draw.sample(known, draw.randint(0, 4)))
         if small:
-            base = [*TINY, *METHODS[small].small, "--knn-every", "0", "--recon-every", "9"]
+            base = [*TINY, *METHODS[small].model_flags, "--knn-every", "0", "--recon-every", "9"]
             if script is mae_perceptual:
                 base += ["--variant", draw.choice(["mae", "ls", "msg", "msg-ada"])]
             if script is supervised_mim and draw.random() < 0.7:

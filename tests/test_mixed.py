@@ -478,8 +478,8 @@ def test_the_imagenet_preset_is_the_published_recipe():
 
 
 @pytest.mark.parametrize("naive", [False, True])
-def test_a_run(naive, tmp_path, shapes_folder, whole):
-    folder = tmp_path if naive else whole("mixed_ae")
+def test_a_run(naive, tmp_path, shapes_folder, whole_run):
+    folder = tmp_path if naive else whole_run("mixed_ae")
     if naive:
         train("mixed_ae", folder, shapes_folder, "--epochs", "2", "--knn-every", "1",
               "--mask-ratio", "0.5", *SWITCHES)  # fmt: skip

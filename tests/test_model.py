@@ -1,4 +1,4 @@
-"""ViT, masking, loss and weights against slow independent versions."""
+"""The ViT, masking, MAE's loss and files of weights are compared with slow independent versions."""
 
 import math
 
@@ -33,9 +33,11 @@ def test_sincos_2d_equals_its_formula():
 
 
 def test_positions_are_there_and_matter():
+    """Shuffling the patches changes the class token, unless the position embedding is zero."""
     torch.manual_seed(0)
     vit = small_vit().eval()
-    assert vit.pos_embed[0, 0].abs().max() == 0 and vit.pos_embed[0, 1:].abs().sum(1).min() > 1
+    assert vit.pos_embed[0, 0].abs().max() == 0  # the class token has no position
+    assert vit.pos_embed[0, 1:].abs().sum(1).min() > 1
     imgs = torch.randn(2, 3, 16, 16)
     patches = common.patchify(imgs, 4)
     shuffled = common.unpatchify(patches[:, torch.randperm(16)], 4, (4, 4))
@@ -67,8 +69,9 @@ def test_random_masking_is_a_uniform_partition():
     assert mask.dtype == torch.bool and (mask.sum(1) == 8).all()
     for i in range(50):
         assert set(visible[i].tolist()) == set((~mask[i]).nonzero()[:, 0].tolist())
-    kept = (~mask).float().mean(0)  # each patch is kept with probability 0.2; 5 sigma of 4000 draws
-    assert (kept - 0.2).abs().max() < 5 * math.sqrt(0.2 * 0.8 / 4000)
+    kept = (~mask).float().mean(0)  # each patch is visible with probability 0.2
+    standard_error = math.sqrt(0.2 * 0.8 / 4000)
+    assert (kept - 0.2).abs().max() < 5 * standard_error
     again, _ = common.random_masking(4000, 10, 0.75, generator=torch.Generator().manual_seed(0))
     assert torch.equal(visible, again)
     for ratio in (0.0, 0.95, 1.0):
@@ -111,7 +114,7 @@ def test_attention_equals_torch_multihead_attention():
 
 
 def slow_vit(vit: ViT, imgs: torch.Tensor) -> torch.Tensor:
-    """The same encoder from torch's layers: a strided convolution and TransformerEncoderLayer."""
+    """The same encoder, built from torch's own strided convolution and TransformerEncoderLayer."""
     x = F.conv2d(imgs, vit.patch_embed.proj.weight, vit.patch_embed.proj.bias, vit.patch_size)
     x = torch.cat([vit.cls_token.expand(len(imgs), -1, -1), x.flatten(2).transpose(1, 2)], 1)
     x = x + vit.pos_embed
@@ -120,13 +123,14 @@ def slow_vit(vit: ViT, imgs: torch.Tensor) -> torch.Tensor:
             vit.embed_dim, block.attn.num_heads, block.mlp.fc1.out_features, dropout=0.0,
             activation="gelu", layer_norm_eps=1e-6, batch_first=True, norm_first=True,
         )  # fmt: skip
-        names = {"self_attn.in_proj_": "attn.qkv.", "self_attn.out_proj.": "attn.proj.",
-                 "linear1.": "mlp.fc1.", "linear2.": "mlp.fc2.",
-                 "norm1.": "norm1.", "norm2.": "norm2."}  # fmt: skip
-        weights = block.state_dict()
-        layer.load_state_dict(
-            {a + kind: weights[b + kind] for a, b in names.items() for kind in ("weight", "bias")}
-        )
+        ours_of = {"self_attn.in_proj_": "attn.qkv.", "self_attn.out_proj.": "attn.proj.",
+                   "linear1.": "mlp.fc1.", "linear2.": "mlp.fc2.",
+                   "norm1.": "norm1.", "norm2.": "norm2."}  # fmt: skip
+        weights, renamed = block.state_dict(), {}
+        for theirs, ours in ours_of.items():
+            for kind in ("weight", "bias"):
+                renamed[theirs + kind] = weights[ours + kind]
+        layer.load_state_dict(renamed)
         x = layer(x)
     return vit.norm(x)
 
@@ -135,7 +139,7 @@ def slow_vit(vit: ViT, imgs: torch.Tensor) -> torch.Tensor:
 def test_vit_equals_torch_layers(channels, size, p):
     torch.manual_seed(0)
     vit = small_vit(size, p, channels)
-    for parameter in vit.parameters():  # zero biases would hide mistakes
+    for parameter in vit.parameters():  # biases that are zero would hide mistakes
         parameter.data += 0.05 * torch.randn_like(parameter)
     height, width = (size, size) if isinstance(size, int) else size
     imgs = torch.randn(2, channels, height, width)
@@ -149,11 +153,11 @@ def test_visible_tokens_are_those_of_the_whole_image():
     vit = small_vit()
     imgs = torch.randn(3, 3, 16, 16)
     visible, _ = common.random_masking(3, 16, 0.5)
-    every = vit.embed(imgs)
-    expected = torch.stack([every[i, 1 + visible[i]] for i in range(3)])
+    all_tokens = vit.embed(imgs)
+    expected = torch.stack([all_tokens[i, 1 + visible[i]] for i in range(3)])
     torch.testing.assert_close(vit.embed(imgs, visible)[:, 1:], expected)
-    everything = torch.arange(16).expand(3, -1).flip(1)  # the order of tokens does not matter
-    torch.testing.assert_close(vit(imgs, everything)[:, 0], vit(imgs)[:, 0], atol=1e-5, rtol=1e-5)
+    reverse = torch.arange(16).expand(3, -1).flip(1)  # the order of tokens does not matter
+    torch.testing.assert_close(vit(imgs, reverse)[:, 0], vit(imgs)[:, 0], atol=1e-5, rtol=1e-5)
 
 
 def test_decoder_equals_a_loop():
@@ -189,11 +193,11 @@ def test_drop_path_drops_whole_branches_of_images():
     torch.manual_seed(0)
     block = common.Block(8, 2, drop_path=0.5)
     x = torch.randn(400, 3, 8)
-    untouched = (block(x) == x).all(2).all(1).float().mean()  # both branches dropped: 1/4
-    assert 0.15 < untouched < 0.35
+    untouched = (block(x) == x).all(2).all(1).float().mean()
+    assert 0.15 < untouched < 0.35  # both branches of an image are dropped with probability 1/4
     plain = common.Block(8, 2)
     plain.load_state_dict(block.state_dict())
-    assert torch.equal(block.eval()(x), plain(x))  # nothing is dropped, or scaled, in eval mode
+    assert torch.equal(block.eval()(x), plain(x))  # eval mode neither drops nor scales
     assert [b.drop_path.p for b in small_vit(depth=3, drop_path=0.2).blocks] == [0.0, 0.1, 0.2]
 
 
@@ -226,8 +230,8 @@ def test_the_picture_of_a_perfect_prediction_is_the_input(norm_pix, monkeypatch)
     for label, row in rows.items():
         if label != "masked":
             torch.testing.assert_close(row, imgs, atol=1e-4, rtol=0, msg=label)
-    hidden = common.unpatchify(mask[:, :, None].expand(-1, -1, 48), 4, (4, 4))
-    torch.testing.assert_close(rows["masked"], imgs.masked_fill(hidden, 0))  # grey once shown
+    masked = common.unpatchify(mask[:, :, None].expand(-1, -1, 48), 4, (4, 4))
+    torch.testing.assert_close(rows["masked"], imgs.masked_fill(masked, 0))  # 0 is shown as grey
 
 
 def test_one_batch_can_be_over_fitted():
@@ -254,7 +258,7 @@ def test_encoder_loads_into_timm_and_gives_the_same_features(size, tmp_path):
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     shape = common.VIT_SIZES[size]
-    if size != "tiny":  # from which the others differ in widths and numbers
+    if size != "tiny":  # two blocks test the other widths as well as all blocks would
         shape = shape | {"depth": 2}
     vit = ViT(64, 16, **shape)
     for parameter in vit.parameters():
@@ -273,7 +277,7 @@ def test_encoder_loads_into_timm_and_gives_the_same_features(size, tmp_path):
 
 
 def published_layout(model: mae_perceptual.PerceptualMAE) -> dict:
-    """The flat keys of the published MAE checkpoints."""
+    """The model's weights under the names that the published MAE checkpoints use."""
     flat = {}
     for name, value in model.state_dict().items():
         name = name.removeprefix("encoder.").replace("decoder.mask_token", "mask_token")
@@ -292,8 +296,9 @@ def test_published_mae_layout_loads_into_encoder_and_decoder(tmp_path):
     assert expected <= flat.keys()
     torch.save({"model": flat}, tmp_path / "mae.pth")
     assert common.init_from(tmp_path / "mae.pth", target) == set()
-    for (name, a), b in zip(source.state_dict().items(), target.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
+    loaded = target.state_dict()
+    for name, x in source.state_dict().items():
+        assert torch.equal(loaded[name], x), name
     encoder = common.load_encoder(tmp_path / "mae.pth")
     assert encoder.settings["img_size"] == 64 and encoder.settings["num_heads"] == 3
 

@@ -651,17 +651,17 @@ def test_the_imagenet_preset_is_the_authors():
 
 
 @pytest.mark.parametrize("variant", ADVERSARIAL)
-def test_a_run(variant, whole):
-    lines, adversary = metrics(whole(variant)), weights(whole(variant), "adversary")
+def test_a_run(variant, whole_run):
+    lines, adversary = metrics(whole_run(variant)), weights(whole_run(variant), "adversary")
     assert lines[-1].keys() >= {"loss", "pix", "feat", "style", "adv", "d_loss", "real_score",
                                 "fake_score", "d_acc_real", "d_acc_fake", "g_norm", "d_norm",
                                 "grad_pix", "grad_feat", "grad_style", "grad_adv"}  # fmt: skip
     assert ("path" in lines[-1]) == (variant == "msg-ada") == ("ada_p" in lines[-1])
     assert lines[-1].get("ada_p", 0.0) == adversary["augment._extra_state"]["p"]
-    assert (whole(variant) / "recon_0003.png").exists()
+    assert (whole_run(variant) / "recon_0003.png").exists()
 
 
-def test_ssim_trains_on_rgb_without_d(whole, tmp_path, shapes_folder, monkeypatch):
+def test_ssim_trains_on_rgb_without_d(whole_run, tmp_path, shapes_folder, monkeypatch):
     seen, ssim_loss = [], pm.ssim_loss
     monkeypatch.setattr(pm, "ssim_loss", lambda *args: seen.append(args) or ssim_loss(*args))
     train("ssim", tmp_path, shapes_folder, "--epochs", "15", "--lr", "0.01")
@@ -674,11 +674,11 @@ def test_ssim_trains_on_rgb_without_d(whole, tmp_path, shapes_folder, monkeypatc
         assert fake.min() < 0 or fake.max() > 1
     losses = torch.stack([ssim_loss(*args) for args in seen])
     assert first["loss"] == pytest.approx(losses[:4].mean().item(), rel=1e-6)
-    for line in metrics(whole("ssim")):
+    for line in metrics(whole_run("ssim")):
         assert line["loss"] == line["ssim"]
         assert not line.keys() & {"pix", "feat", "adv", "d_loss", "grad_pix", "ada_p"}
-    assert (whole("ssim") / "recon_0003.png").exists()
-    state = torch.load(whole("ssim") / "checkpoint.pt", weights_only=True)
+    assert (whole_run("ssim") / "recon_0003.png").exists()
+    state = torch.load(whole_run("ssim") / "checkpoint.pt", weights_only=True)
     assert "model" in state and not state.keys() & {"adversary", "d_optimizer"}
 
 

@@ -20,10 +20,10 @@ from conftest import (
     ROOT,
     TINY,
     assert_same_state,
+    error_line,
+    error_of,
     in_processes,
     metrics,
-    mistake,
-    refusal,
     run_script,
     settings,
     train,
@@ -39,11 +39,11 @@ import mae_perceptual
 import mixed_ae
 import supervised_mim
 
-MAE = METHODS["mae"].small
+MAE = METHODS["mae"].model_flags
 
 
-def test_run_folder(whole):
-    out = whole("mae")
+def test_run_folder(whole_run):
+    out = whole_run("mae")
     names = {path.name for path in out.iterdir()}
     assert names == {"config.json", "metrics.jsonl", "checkpoint.pt", "encoder.pt", ".lock",
                      "recon_0002.png", "recon_0003.png"}  # fmt: skip
@@ -61,8 +61,10 @@ def test_run_folder(whole):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_encoder_is_that_of_the_checkpoint_and_can_be_probed(method, whole, tmp_path, capsys):
-    folder, imgs = whole(method), torch.randn(2, 3, 16, 16)
+def test_the_encoder_is_that_of_the_checkpoint_and_can_be_probed(
+    method, whole_run, tmp_path, capsys
+):
+    folder, imgs = whole_run(method), torch.randn(2, 3, 16, 16)
     encoder = common.load_encoder(folder / "encoder.pt")
     assert torch.equal(encoder(imgs), common.load_encoder(folder / "checkpoint.pt")(imgs))
     model = weights(folder)
@@ -156,16 +158,16 @@ def test_the_loss_falls(tmp_path, shapes_folder):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_stopped_and_resumed_equals_uninterrupted(method, whole, tmp_path, shapes_folder):
+def test_stopped_and_resumed_equals_uninterrupted(method, whole_run, tmp_path, shapes_folder):
     """Bit for bit, wherever the run is stopped; its log goes on, too."""
     _, _, flags, pieces = METHODS[method]
     for more in pieces:
         train(method, tmp_path, shapes_folder, *flags, *more)
         started = (tmp_path / "checkpoint.pt").exists()
         assert started == (tmp_path / "encoder.pt").exists() == ("--train-tokenizer" not in more)
-    assert_same_state(tmp_path, whole(method))
+    assert_same_state(tmp_path, whole_run(method))
 
-    for one, two in zip(metrics(whole(method)), metrics(tmp_path), strict=True):
+    for one, two in zip(metrics(whole_run(method)), metrics(tmp_path), strict=True):
         # At a stop, kNN and the sizes of gradients are measured, too.
         names = {k for k in one if k not in ("images_per_s", "data_wait") and k[:5] != "grad_"}
         assert {k: one[k] for k in names} == {k: two[k] for k in names}
@@ -192,9 +194,9 @@ def train_until(number: int, step: int, rank: int, *arguments) -> None:
     (signal.SIGTERM, 5, ["--steps", "6"], 143, 6),  # the same, of one that --steps cuts off
 ])  # fmt: skip
 def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(
-    number, step, flags, code, saved, whole, tmp_path, shapes_folder
+    number, step, flags, code, saved, whole_run, tmp_path, shapes_folder
 ):
-    arguments = ["mae", tmp_path, shapes_folder, *METHODS["mae"].whole]
+    arguments = ["mae", tmp_path, shapes_folder, *METHODS["mae"].run_flags]
     assert in_processes(1, train_until, number, step, 0, *arguments, *flags) == [code]
     assert weights(tmp_path, "step") == saved
     if "--steps" in flags:
@@ -202,8 +204,8 @@ def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(
         assert [line["step"] for line in metrics(tmp_path)] == [4, 6]
         assert (tmp_path / "recon_0002.png").exists()
     train(*arguments)
-    assert_same_state(tmp_path, whole("mae"))
-    losses = ([line["loss"] for line in metrics(x)] for x in (tmp_path, whole("mae")))
+    assert_same_state(tmp_path, whole_run("mae"))
+    losses = ([line["loss"] for line in metrics(x)] for x in (tmp_path, whole_run("mae")))
     assert next(losses) == next(losses)
 
 
@@ -220,8 +222,8 @@ def evaluate_until(number: int, file) -> None:
     eval_linear.main(common.parse(eval_linear.Config, {}, arguments))
 
 
-def test_a_signal_ends_an_evaluation_without_training_at_once(whole, tmp_path):
-    file = shutil.copy(whole("mae") / "encoder.pt", tmp_path)
+def test_a_signal_ends_an_evaluation_without_training_at_once(whole_run, tmp_path):
+    file = shutil.copy(whole_run("mae") / "encoder.pt", tmp_path)
     assert in_processes(1, evaluate_until, signal.SIGTERM, file) == [143]
     assert in_processes(1, evaluate_until, signal.SIGINT, file) == [130]
 
@@ -263,7 +265,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, shapes_folder, caps
 
     monkeypatch.setattr(common.Run, "update", spoilt)
     flags = ["--out", tmp_path, "--data", shapes_folder, *TINY, *MAE, "--epochs", "2"]
-    error = mistake(capsys, mae_perceptual, *flags)
+    error = error_of(capsys, mae_perceptual, *flags)
     assert "not finite by step 8: model nan" in error and "last good checkpoint" in error
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
@@ -304,9 +306,9 @@ def test_an_overflow_of_fp16_leaves_the_step_out_and_logs_no_infinity():
     assert run.sums["skipped"] == 1 and run.counts["skipped"] == 2 and run.sums["grad_norm"] > 0
 
 
-def test_the_file_that_a_run_began_with_is_not_needed_to_resume(whole, tmp_path, shapes_folder):
+def test_the_file_that_a_run_began_with_is_not_needed_to_resume(whole_run, tmp_path, shapes_folder):
     file, flags = tmp_path / "encoder.pt", ["--epochs", "2", "--init-from", tmp_path / "encoder.pt"]
-    shutil.copy(whole("mae") / "encoder.pt", file)
+    shutil.copy(whole_run("mae") / "encoder.pt", file)
     for name, steps in (("whole", []), ("parts", ["--steps", "3"])):
         train("mae", tmp_path / name, shapes_folder, *flags, *steps)
     file.unlink()
@@ -318,10 +320,10 @@ def test_resuming_wants_the_same_images_and_number_of_parts(tmp_path, capsys):
     write_images(tmp_path / "data", 40, 16, seed=0, labelled=False)
     flags = ["--out", tmp_path / "run", "--data", tmp_path / "data", *TINY, *MAE, "--epochs", "2"]
     train("mae", tmp_path / "run", tmp_path / "data", "--epochs", "2", "--steps", "1")
-    error = mistake(capsys, mae_perceptual, *flags, "--accumulate", "2")
+    error = error_of(capsys, mae_perceptual, *flags, "--accumulate", "2")
     assert "processes x accumulate was 1, now 2" in error
     next((tmp_path / "data").iterdir()).unlink()
-    assert "number of images was 40, now 39" in mistake(capsys, mae_perceptual, *flags)
+    assert "number of images was 40, now 39" in error_of(capsys, mae_perceptual, *flags)
 
 
 def train_on_a_disk_that_gets_full(folder, *arguments) -> None:
@@ -340,7 +342,7 @@ def train_on_a_disk_that_gets_full(folder, *arguments) -> None:
 def test_full_disk_keeps_the_previous_checkpoint(tmp_path, shapes_folder):
     flags = [shapes_folder, "--epochs", "2", "--recon-every", "5"]
     (code,) = in_processes(1, train_on_a_disk_that_gets_full, tmp_path, *flags)
-    error = refusal(code, (tmp_path / "stderr.txt").read_text())
+    error = error_line(code, (tmp_path / "stderr.txt").read_text())
     assert "could not write" in error and "intact" in error
     assert weights(tmp_path, "step") == 4 and not list(tmp_path.glob("*.tmp"))
     train("mae", tmp_path, *flags)
@@ -439,16 +441,16 @@ def test_two_processes_equal_accumulation(
     ("supervised_mim", "decoder, head"),
 ])  # fmt: skip
 def test_init_from_a_run_and_from_an_encoder(
-    method, lacking, whole, tmp_path, shapes_folder, tokenizer, capsys
+    method, lacking, whole_run, tmp_path, shapes_folder, tokenizer, capsys
 ):
     """Of the file all modules that it has; the others are as at the start."""
     flags = [shapes_folder, "--steps", "1", "--lr", "1e-9"]
     flags += ["--momentum", "1"] if method == "cmae" else []
     flags += ["--tokenizer", tokenizer] if method == "supervised_mim" else []
-    trained = weights(whole(method))
+    trained = weights(whole_run(method))
     for file, lacks in (("checkpoint.pt", ""), ("encoder.pt", lacking)):
         out = tmp_path / file
-        train(method, out, *flags, "--init-from", whole(method) / file)
+        train(method, out, *flags, "--init-from", whole_run(method) / file)
         error = capsys.readouterr().err
         assert f"{file} has no {lacks}: as at the start" in error if lacks else "no " not in error
         started, changed = weights(out), set()
@@ -460,10 +462,10 @@ def test_init_from_a_run_and_from_an_encoder(
         assert ", ".join(sorted(changed)) == lacks
 
 
-def test_init_from_weights_that_do_not_fit(whole, tmp_path, capsys):
+def test_init_from_weights_that_do_not_fit(whole_run, tmp_path, capsys):
     arguments = [*TINY, *MAE, "--depth", "2", "--out", tmp_path / "run"]
-    file = whole("mae") / "encoder.pt"
-    error = mistake(capsys, mae_perceptual, *arguments, "--init-from", file)
+    file = whole_run("mae") / "encoder.pt"
+    error = error_of(capsys, mae_perceptual, *arguments, "--init-from", file)
     assert "Missing key" in error and "blocks.1.attn.proj.bias" in error
     assert not (tmp_path / "run").exists()
 
@@ -554,21 +556,21 @@ MISTAKES = {
     for script, mistakes in MISTAKES.items() for flags, message in mistakes
 ])  # fmt: skip
 def test_mistakes_are_one_line_and_leave_nothing(script, flags, message, tmp_path, capsys):
-    assert message in mistake(capsys, script, "--out", tmp_path / "run", *flags)
+    assert message in error_of(capsys, script, "--out", tmp_path / "run", *flags)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_without_a_device(tmp_path, capsys):
-    error = mistake(capsys, mae_perceptual, "--device", "cuda", "--out", tmp_path / "run")
+    error = error_of(capsys, mae_perceptual, "--device", "cuda", "--out", tmp_path / "run")
     assert "no usable CUDA device" in error and not (tmp_path / "run").exists()
 
 
-def test_mistakes_in_a_run_folder(whole, tmp_path, shapes_folder, capsys):
-    flags = ["--data", shapes_folder, *TINY, *MAE, *METHODS["mae"].whole]
-    refused = functools.partial(mistake, capsys, mae_perceptual, *flags)
+def test_mistakes_in_a_run_folder(whole_run, tmp_path, shapes_folder, capsys):
+    flags = ["--data", shapes_folder, *TINY, *MAE, *METHODS["mae"].run_flags]
+    refused = functools.partial(error_of, capsys, mae_perceptual, *flags)
     out, other = tmp_path / "run", tmp_path / "other"
-    shutil.copytree(whole("mae"), out)
+    shutil.copytree(whole_run("mae"), out)
     error = refused("--out", out, "--mask-ratio", "0.5", "--seed", "1")
     assert "mask_ratio was 0.75, now 0.5" in error and "seed was 0, now 1" in error
 
@@ -585,8 +587,8 @@ def test_mistakes_in_a_run_folder(whole, tmp_path, shapes_folder, capsys):
     assert "--out" in refused("--out", tmp_path / "file")
 
 
-def test_restart_ignores_the_checkpoint_and_says_so(whole, tmp_path, shapes_folder, capsys):
-    shutil.copytree(whole("mae"), tmp_path, dirs_exist_ok=True)
+def test_restart_ignores_the_checkpoint_and_says_so(whole_run, tmp_path, shapes_folder, capsys):
+    shutil.copytree(whole_run("mae"), tmp_path, dirs_exist_ok=True)
     (tmp_path / "eval.json").write_text("{}")
     flags = ["--epochs", "1", "--mask-ratio", "0.5", "--init-from", tmp_path / "encoder.pt"]
     train("mae", tmp_path, shapes_folder, *flags, "--restart")
@@ -601,7 +603,7 @@ def test_without_labels_there_is_no_knn_but_a_run(tmp_path, capsys):
     train("mae", tmp_path / "run", tmp_path / "data", "--epochs", "1", "--knn-every", "1")
     assert "no kNN, because it needs labels" in capsys.readouterr().out
     assert (tmp_path / "run" / "recon_0001.png").exists()
-    error = mistake(capsys, eval_linear, tmp_path / "run")
+    error = error_of(capsys, eval_linear, tmp_path / "run")
     assert "lacks labels: class folders in train/ and val/" in error
 
 
@@ -614,7 +616,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, shapes_folder, capsys
 
     monkeypatch.setattr(common, "masked_mse", explode)
     flags = ["--out", tmp_path, "--data", shapes_folder, *TINY, *MAE, "--epochs", "3"]
-    error = mistake(capsys, mae_perceptual, *flags)
+    error = error_of(capsys, mae_perceptual, *flags)
     assert "not finite by step 7: loss nan" in error
     assert f"last good checkpoint: {tmp_path}" in error
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
@@ -627,7 +629,7 @@ def test_common_and_one_script_are_all_that_a_project_needs(name, tmp_path, shap
     for file in ("common.py", f"{name}.py"):
         shutil.copy(ROOT / file, tmp_path)
     method = {"mae_perceptual": "msg-ada"}.get(name, name)
-    flags = [*TINY, *METHODS[method].small, "--data", shapes_folder, "--steps", "2"]
+    flags = [*TINY, *METHODS[method].model_flags, "--data", shapes_folder, "--steps", "2"]
     command = [sys.executable, f"{name}.py", *map(str, flags), "--knn-every", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True,
@@ -644,7 +646,7 @@ def test_running_out_of_memory_is_one_line_that_says_what_to_do(
 
     monkeypatch.setattr(common, "masked_mse", too_large)
     flags = ["--out", tmp_path, "--data", shapes_folder, *TINY, *MAE]
-    error = mistake(capsys, mae_perceptual, *flags)
+    error = error_of(capsys, mae_perceptual, *flags)
     assert error.startswith("error: CUDA out of memory. Tried") and "Raise --accumulate" in error
 
 
@@ -658,7 +660,7 @@ def test_more_processes_than_gpus_is_one_line(monkeypatch):
 
 def test_an_error_in_a_real_process_is_one_line_without_traceback():
     done = run_script(ROOT / "mae_perceptual.py", "--img-size", "30")
-    assert done.stdout == "" and "not divisible" in refusal(done.returncode, done.stderr)
+    assert done.stdout == "" and "not divisible" in error_line(done.returncode, done.stderr)
 
 
 # ------------------------------------------------------------------------------ real images
@@ -755,7 +757,7 @@ def test_a_rate_that_is_given_overrides_any_of_the_preset():
 
 def test_what_is_still_to_do(tmp_path, shapes_folder, capsys):
     (tmp_path / "begun").mkdir()
-    assert "it is written when an epoch ends" in mistake(capsys, eval_linear, tmp_path / "begun")
+    assert "it is written when an epoch ends" in error_of(capsys, eval_linear, tmp_path / "begun")
     for flags, advice in ((["--steps", "1"], "without --steps it goes on"),
                           ([], "--restart starts over")):  # fmt: skip
         for repeats in (False, True):

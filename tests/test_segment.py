@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_state, in_processes, mistake, refusal
+from conftest import assert_same_state, error_line, error_of, in_processes
 from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
@@ -380,7 +380,7 @@ def test_masks_that_do_not_fit_are_one_line(harm, message, ade, tmp_path, capsys
     harm(ade)
     flags = [encoder_of(tmp_path), "--mode", "segment", "--data", ade, "--device", "cpu"]
     flags += ["--batch-size", 16, "--workers", int("pixel" in message)]
-    line = mistake(capsys, eval_linear, *flags)
+    line = error_of(capsys, eval_linear, *flags)
     assert message in line and "ADE_" in line
 
 
@@ -401,7 +401,7 @@ def change(root, function) -> None:
 def test_own_masks_that_do_not_fit_are_one_line(mask_of, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         segment(encoder_of(tmp_path), data=(Squares(64, mask_of), Squares(4)))
-    assert message in refusal(end.value.code, capsys.readouterr().err)
+    assert message in error_line(end.value.code, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -418,14 +418,14 @@ def test_mistakes_are_one_line(flags, message, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("torchvision.datasets.voc.download_and_extract_archive", no_network)
     monkeypatch.chdir(tmp_path)
-    line = mistake(capsys, eval_linear, encoder_of(tmp_path), "--mode", "segment", *flags)
+    line = error_of(capsys, eval_linear, encoder_of(tmp_path), "--mode", "segment", *flags)
     assert message in line
 
 
 def test_an_encoder_of_wide_images_needs_a_size(tmp_path, capsys):
     vit = common.ViT((8, 16), 4, embed_dim=24, depth=1, num_heads=3)
     common.save_encoder(tmp_path / "encoder.pt", vit, {})
-    line = mistake(capsys, eval_linear, tmp_path / "encoder.pt", "--data", "shapes")
+    line = error_of(capsys, eval_linear, tmp_path / "encoder.pt", "--data", "shapes")
     assert "--img-size N" in line
     assert segment(tmp_path / "encoder.pt", "--img-size", "16", "--batch-size", "16", data=PAIR,
                    key="segment-16px")["miou"] > 30  # fmt: skip

@@ -11,9 +11,9 @@ import torch
 from conftest import (
     METHODS,
     TINY,
+    error_of,
     in_processes,
     metrics,
-    mistake,
     settings,
     train,
     weights,
@@ -28,7 +28,7 @@ import supervised_mim
 from supervised_mim import SupervisedMIM, VQTokenizer
 
 METHOD = "supervised_mim"
-FLAGS = [*TINY, *METHODS[METHOD].small]
+FLAGS = [*TINY, *METHODS[METHOD].model_flags]
 
 
 def tokenizer_of(channels=3, **options) -> VQTokenizer:
@@ -62,9 +62,9 @@ def images_of(folder, split: str) -> tuple[torch.Tensor, list[int]]:
 
 
 @pytest.fixture()
-def trained(whole):
+def trained(whole_run):
     """The folder of a whole run of three epochs; tests must not change it."""
-    return whole(METHOD)
+    return whole_run(METHOD)
 
 
 @pytest.fixture(scope="module")
@@ -430,10 +430,10 @@ def test_tokens_are_those_of_the_crop_before_randaugment(
         torch.testing.assert_close(changed, 1 - pixels, atol=1e-4, rtol=0)
         assert torch.equal(encode(clean), ids)
         for img in clean:
-            whole, flipped = ((x - img).abs().mean(dim=(1, 2, 3)).min() for x in
+            upright, flipped = ((x - img).abs().mean(dim=(1, 2, 3)).min() for x in
                               (originals, originals.flip(3)))  # fmt: skip
-            assert min(whole, flipped) < 0.15  # the crop lacks at most one row or column
-            mirrored += int(flipped < whole)
+            assert min(upright, flipped) < 0.15  # the crop lacks at most one row or column
+            mirrored += int(flipped < upright)
     assert 10 < mirrored < 54
 
 
@@ -614,8 +614,8 @@ def test_a_finished_tokenizer_is_taken_as_it_is(tmp_path, shapes_folder, capsys)
     for flags in (["--accumulate", "2"], ["--batch-size", "8", "--precision", "bf16"]):
         train(METHOD, tmp_path, shapes_folder, "--steps", "1", *flags, "--seed", "1", "--restart")
         assert load(tmp_path / "tokenizer" / "tokenizer.pt").updates == 8
-    arguments = ["--data", shapes_folder, "--out", tmp_path, *TINY, *METHODS[METHOD].small]
-    error = mistake(capsys, supervised_mim, *arguments, "--codebook-size", "17", "--restart")
+    arguments = ["--data", shapes_folder, "--out", tmp_path, *TINY, *METHODS[METHOD].model_flags]
+    error = error_of(capsys, supervised_mim, *arguments, "--codebook-size", "17", "--restart")
     assert "codebook_size was 16, now 17; use another --out, or train a new one" in error
     anew = ["--train-tokenizer", "--restart"]
     train(METHOD, tmp_path, shapes_folder, *anew, "--codebook-size", "17")
@@ -638,7 +638,7 @@ def test_a_run_is_resumed_only_with_the_tokenizer_that_it_began_with(
     train(METHOD, run, shapes_folder, *flags, "--tokenizer", given, "--steps", "5")
     before = (run / "checkpoint.pt").read_bytes()
     given.rename(moved)
-    refused = functools.partial(mistake, capsys, supervised_mim, *FLAGS, *flags, "--data",
+    refused = functools.partial(error_of, capsys, supervised_mim, *FLAGS, *flags, "--data",
                                 shapes_folder, "--out", run)  # fmt: skip
     was, now = (supervised_mim.checksum(load(path)) for path in (moved, other))
     expected = f"of another run: checksum of the tokenizer was {was}, now {now}; use another --out"
@@ -654,7 +654,7 @@ def test_a_run_is_resumed_only_with_the_tokenizer_that_it_began_with(
 def test_a_run_without_tokens_does_not_become_one_with_tokens(tmp_path, shapes_folder, capsys):
     train(METHOD, tmp_path, shapes_folder, "--mim-weight", "0", "--steps", "1")
     flags = [*FLAGS, "--data", shapes_folder, "--out", tmp_path]
-    error = mistake(capsys, supervised_mim, *flags)
+    error = error_of(capsys, supervised_mim, *flags)
     assert "has no tokenizer of its own" in error and "another --out or --restart" in error
     assert not (tmp_path / "tokenizer").exists()
 
@@ -839,7 +839,7 @@ def test_labels_are_needed_but_not_by_the_tokenizer(tmp_path, capsys):
     none, stray = "lacks labels: class folders", "or none in folders of classes"
     for data, reason in (("flat", none), ("half", none), ("loose", stray)):
         flags = [*FLAGS, "--data", tmp_path / data, "--out", tmp_path / "run"]
-        assert reason in mistake(capsys, supervised_mim, *flags)
+        assert reason in error_of(capsys, supervised_mim, *flags)
         assert not (tmp_path / "run").exists()
     train(METHOD, tmp_path / "run", tmp_path / "flat", "--train-tokenizer")
     assert (tmp_path / "run" / "tokenizer" / "tokenizer.pt").exists()
@@ -851,17 +851,17 @@ def test_a_tokenizer_of_another_grid_is_refused_with_sizes_that_fit(
 ):
     """The fixture's tokenizer has 4 x 4 tokens per image."""
     flags = [*FLAGS, "--data", shapes_folder, "--out", tmp_path / "run", "--tokenizer"]
-    error = mistake(capsys, supervised_mim, *flags, tokenizer, "--img-size", "32")
+    error = error_of(capsys, supervised_mim, *flags, tokenizer, "--img-size", "32")
     assert "has 4x4 tokens per image" in error
     assert "gives 8x8 patches: --img-size 16 would fit" in error
     other = tmp_path / "other.pt"
     torch.save({"model": {}}, other)
-    assert "holds no tokenizer" in mistake(capsys, supervised_mim, *flags, other)
+    assert "holds no tokenizer" in error_of(capsys, supervised_mim, *flags, other)
     content = torch.load(tokenizer)
     content["tokenizer"].pop("codebook")
     torch.save(content, other)
-    assert "does not fit: " in mistake(capsys, supervised_mim, *flags, other)
-    error = mistake(capsys, supervised_mim, *flags, tokenizer, "--codebook-size", "50")
+    assert "does not fit: " in error_of(capsys, supervised_mim, *flags, other)
+    error = error_of(capsys, supervised_mim, *flags, tokenizer, "--codebook-size", "50")
     assert "tokenizer.pt has 16 codes, not 50: --codebook-size 16 would fit" in error
     # Its width and image size may differ from the settings if its grid is that of the patches.
     flags = ["--img-size", "32", "--patch-size", "8", "--tokenizer-width", "8", "--steps", "1"]
