@@ -74,7 +74,7 @@ def stop_after(*steps: int) -> list[list[str]]:
 
 # The pieces end in the middle and at the ends of epochs, and where resuming is difficult: just
 # before CMAE's boxes are renewed; in the GAN variants, between two updates of p, two R1 steps and
-# two copies of the discriminator; in Supervised MIM, within and just after the tokenizer's training.
+# two copies of the discriminator; in Supervised MIM, during and just after tokenizer training.
 GAN_RUN = ["--epochs", "6", "--accumulate", "2", "--recon-every", "3"]
 GAN_PIECES = stop_after(3, 17, 24)
 METHODS = {

@@ -1,4 +1,4 @@
-"""Data sets, crops and loaders against torchvision, Pillow and slow versions."""
+"""Data sets, crops and loaders are compared with torchvision, Pillow and slow versions."""
 
 import os
 import pickle
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def make_run(batch_size=8, accumulate=1, rank=0, world=1, workers=0):
-    """What a loader reads of a run."""
+    """The few attributes of a Run that a loader reads."""
     cfg = SimpleNamespace(batch_size=batch_size, accumulate=accumulate, seed=0, workers=workers)
     return SimpleNamespace(cfg=cfg, rank=rank, world=world, device=CPU)
 
@@ -45,7 +45,7 @@ def test_shapes_are_reproducible_balanced_and_not_given_away_by_colour():
     assert torch.equal(imgs, again) and not torch.equal(imgs, other)
     assert imgs.shape == (2000, 3, 32, 32) and imgs.dtype == torch.uint8
     assert torch.bincount(labels, minlength=10).min() > 140
-    # The best guess from the mean colour of an image, by nearest neighbour, is near chance (10 %).
+    # A nearest-neighbour classifier of mean colours is near chance, which is 10 %.
     colour = imgs.float().mean((2, 3))
     nearest = torch.cdist(colour[1000:], colour[:1000]).argmin(1)
     assert (labels[:1000][nearest] == labels[1000:]).float().mean() < 0.2
@@ -56,7 +56,7 @@ def test_shapes_are_reproducible_balanced_and_not_given_away_by_colour():
 
 @pytest.mark.parametrize("height, width", [(32, 32), (20, 61)])
 def test_the_random_crop_is_torchvision_s_composition(height, width):
-    """The same random numbers give the same pixels; about half of the crops are flipped."""
+    """The same random numbers give the same pixels, and about half of the crops are flipped."""
     image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
     ours, flips = common.RandomCrop(24, 0.3), 0
     bicubic = v2.InterpolationMode.BICUBIC
@@ -67,7 +67,8 @@ def test_the_random_crop_is_torchvision_s_composition(height, width):
         torch.manual_seed(seed)
         expected = theirs(image)
         if torch.rand(1) < 0.5:
-            expected, flips = expected.flip(2), flips + 1
+            expected = expected.flip(2)
+            flips += 1
         assert torch.equal(got, expected) and label == 7 and got.dtype == torch.uint8
     assert 70 < flips < 130
 
@@ -88,7 +89,8 @@ def test_pixels_of_a_crop_are_pillow_s_to_one_grey_level():
 
 @pytest.mark.parametrize("height, width, scale", [(32, 32, 0.2), (20, 60, 0.5)])
 def test_crops_are_distributed_as_the_definition_says(height, width, scale):
-    """Against a slow version: uniform area, log-uniform aspect, the first of ten tries to fit."""
+    """The area is uniform, the aspect ratio is log-uniform, and the first of ten tries that fits is
+    taken. Means, deviations and quantiles are compared with those of a slow version."""
     rng, crop = np.random.default_rng(0), common.RandomCrop(8, scale)
     torch.manual_seed(0)
     image, expected = torch.zeros(3, height, width, dtype=torch.uint8), []
@@ -100,7 +102,7 @@ def test_crops_are_distributed_as_the_definition_says(height, width, scale):
             if w <= width and h <= height:
                 box = rng.integers(height - h + 1), rng.integers(width - w + 1), h, w
                 break
-        else:  # the largest crop within the aspects, in the middle
+        else:  # the largest crop of an allowed aspect ratio, in the middle
             h, w = min(height, round(width / (3 / 4))), min(width, round(height * (4 / 3)))
             box = (height - h) // 2, (width - w) // 2, h, w
         expected.append(box)
@@ -138,12 +140,12 @@ def test_normalize_and_back():
 
 
 def numbered(image, label, index):
-    """Two views: the image, and its number in all pixels."""
+    """An augmentation with two views: the image, and an image whose pixels are all its index."""
     return image, torch.full_like(image, index), label
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_views_and_labels_are_of_the_image_whose_number_they_get(workers, shapes_folder):
+def test_views_and_labels_are_of_the_image_whose_index_they_get(workers, shapes_folder):
     images, seen = common.load_dataset(str(shapes_folder), "train", 16), []
     loader = make_loader(images, numbered, workers=workers)
     for imgs, numbers, labels in loader.batches(0):
@@ -160,38 +162,44 @@ def test_views_and_labels_are_of_the_image_whose_number_they_get(workers, shapes
 
 def test_an_epoch_sees_every_image_once_and_processes_share_it():
     images = shapes(200, 16)
-    whole = make_loader(images, numbered, batch_size=100)
-    first = [(255 * common.denormalize(x)).round()[:, 0, 0, 0] for _, x, _ in whole.batches(0)]
-    every = torch.cat(first).long().sort().values
-    assert len(first) == 2 and torch.equal(every, torch.arange(200))
-    # Two processes see what one process with two accumulated micro-batches sees.
+    batches = list(make_loader(images, numbered, batch_size=100).batches(0))
+    assert len(batches) == 2
+    indices = [(255 * common.denormalize(x)).round()[:, 0, 0, 0].long() for _, x, _ in batches]
+    assert torch.equal(torch.cat(indices).sort().values, torch.arange(200))
+    # Two processes get the batches that one process with two micro-batches per step gets.
     one = list(make_loader(images, batch_size=100, accumulate=2).batches(0))
-    two = [make_loader(images, batch_size=100, rank=r, world=2).batches(0) for r in range(2)]
-    for i, pair in enumerate(zip(*two, strict=True)):
-        for (imgs, labels), expected in zip(pair, one[2 * i : 2 * i + 2], strict=True):
-            assert torch.equal(imgs, expected[0]) and torch.equal(labels, expected[1])
-    again = next(make_loader(images, batch_size=100).batches(2))  # the next epoch
-    assert not torch.equal(again[1], next(make_loader(images, batch_size=100).batches(0))[1])
+    for rank in range(2):
+        own = list(make_loader(images, batch_size=100, rank=rank, world=2).batches(0))
+        for (imgs, labels), (expected, expected_labels) in zip(own, one[rank::2], strict=True):
+            assert torch.equal(imgs, expected) and torch.equal(labels, expected_labels)
+    _, labels = next(make_loader(images, batch_size=100).batches(0))
+    _, next_labels = next(make_loader(images, batch_size=100).batches(2))  # the next epoch
+    assert not torch.equal(labels, next_labels)
 
 
 def test_a_loader_started_in_mid_epoch_goes_on_where_it_was(shapes_folder):
     images = common.load_dataset(str(shapes_folder), "train", 16)
-    every = list(make_loader(images).batches(8))  # the second epoch of 8 steps
+    epoch = list(make_loader(images).batches(8))  # the second epoch, of 8 steps
     for workers in (0, 2):
         rest = list(make_loader(images, workers=workers).batches(8 + 3))
         assert len(rest) == 5
-        for (a, x), (b, y) in zip(every[3:], rest, strict=True):
-            assert torch.equal(a, b) and torch.equal(x, y)
+        for (imgs, labels), (expected, expected_labels) in zip(rest, epoch[3:], strict=True):
+            assert torch.equal(imgs, expected) and torch.equal(labels, expected_labels)
 
 
 def test_crops_are_new_in_every_epoch_and_with_every_seed():
     images, crop = shapes(8, 32), common.RandomCrop(16, 0.2)
-    first, second, again = (common.Views(images, crop, 0, epoch)[3][0] for epoch in (0, 1, 0))
-    assert torch.equal(first, again) and not torch.equal(first, second)
-    assert not torch.equal(first, common.Views(images, crop, 1, 0)[3][0])
-    same = TensorDataset(images.tensors[0][:1].expand(2, -1, -1, -1), torch.zeros(2))
-    views = common.Views(same, crop)
-    assert not torch.equal(views[0][0], views[1][0])  # the same image twice, different crops
+
+    def crop_of(seed, epoch):
+        view, _ = common.Views(images, crop, seed, epoch)[3]
+        return view
+
+    assert torch.equal(crop_of(seed=0, epoch=0), crop_of(seed=0, epoch=0))
+    assert not torch.equal(crop_of(seed=0, epoch=0), crop_of(seed=0, epoch=1))
+    assert not torch.equal(crop_of(seed=0, epoch=0), crop_of(seed=1, epoch=0))
+    same_image_twice = TensorDataset(images.tensors[0][:1].expand(2, -1, -1, -1), torch.zeros(2))
+    views = common.Views(same_image_twice, crop)
+    assert not torch.equal(views[0][0], views[1][0])
 
 
 @pytest.mark.parametrize("cores, processes, expected", [
@@ -212,12 +220,14 @@ def test_a_gpu_is_by_default_fed_by_as_many_workers_as_there_are_cores(
 
 
 def means_of_all(folder) -> None:
-    """The mean colours of 601 images, and of 10 of them, to a file of this process."""
+    """Computes the mean colours of 601 images, then of 10 of them, and writes both to a file."""
     run, images = common.Run(common.Config(device="cpu")), shapes(601, 8)
-    results = []
-    for limit in (None, 10):
-        arguments = torch.nn.Identity(), lambda x: x.mean(dim=(2, 3)), images, common.CentreCrop(8)
-        results.append(common.outputs(run, *arguments, limit))
+
+    def mean_colour(imgs):
+        return imgs.mean(dim=(2, 3))
+
+    model, crop = torch.nn.Identity(), common.CentreCrop(8)
+    results = [common.outputs(run, model, mean_colour, images, crop, n) for n in (None, 10)]
     torch.save(results, f"{folder}/{run.world}-{run.rank}.pt")
 
 
@@ -227,12 +237,12 @@ def test_outputs_are_in_the_set_s_order_however_many_processes_make_them(tmp_pat
     means_of_all(tmp_path)
     assert in_processes(2, means_of_all, tmp_path) == [0, 0]
     for name in ("1-0", "2-0", "2-1"):
-        every, some = torch.load(tmp_path / f"{name}.pt")
-        assert torch.equal(every[1], labels)
-        torch.testing.assert_close(every[0], means)
+        (all_means, all_labels), (some_means, some_labels) = torch.load(tmp_path / f"{name}.pt")
+        assert torch.equal(all_labels, labels)
+        torch.testing.assert_close(all_means, means)
         index = common.evenly_spaced(labels, 10)
-        assert index[0] == 0 and index[-1] == 600 and torch.equal(some[1], labels[index])
-        torch.testing.assert_close(some[0], means[index])
+        assert index[0] == 0 and index[-1] == 600 and torch.equal(some_labels, labels[index])
+        torch.testing.assert_close(some_means, means[index])
 
 
 def test_outputs_leave_the_model_s_mode_as_it_was():
@@ -249,14 +259,14 @@ def test_outputs_leave_the_model_s_mode_as_it_was():
 
 def test_loaders_leave_no_files_open_and_no_workers(shapes_folder):
     images, counts = common.load_dataset(str(shapes_folder), "val", 16), []
-    for workers in (1, *10 * [0], 1, 1):
+    for workers in [1] + 10 * [0] + [1, 1]:
         assert len(list(make_loader(images, workers=workers).batches(0))) == 4
         counts.append(len(os.listdir("/proc/self/fd")))
     assert counts[-1] < counts[0] + 5
     batches = make_loader(images, workers=2, batch_size=1).batches(0)
     next(batches)
     begun = time.monotonic()
-    batches.close()  # in mid-epoch, as when a run is stopped
+    batches.close()  # in the middle of an epoch, as when a run is stopped
     assert time.monotonic() - begun < 4 and not torch.multiprocessing.active_children()
 
 
@@ -264,12 +274,12 @@ def test_loaders_leave_no_files_open_and_no_workers(shapes_folder):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_next_image_stands_in_for_a_broken_one_which_is_named(workers, tmp_path, capfd):
+def test_the_next_image_replaces_a_broken_one_which_is_named(workers, tmp_path, capfd):
     write_images(tmp_path, 16, 16, seed=0, labelled=False)
     broken = sorted(tmp_path.iterdir())[5]
     broken.write_bytes(broken.read_bytes()[:200])
-    (tmp_path / "0015b.jpg").write_text("no image")  # the last: the first one stands in
-    (tmp_path / "notes.txt").write_text("not looked at")
+    (tmp_path / "0015b.jpg").write_text("no image")  # the last one, which the first one replaces
+    (tmp_path / "notes.txt").write_text("this file is ignored")
     images = common.load_dataset(str(tmp_path), "train", 16)
     assert len(images) == 17
     loader = make_loader(images, workers=workers)
@@ -284,7 +294,7 @@ def test_the_next_image_stands_in_for_a_broken_one_which_is_named(workers, tmp_p
         images[3]
 
 
-def test_a_stand_in_brings_its_own_label(tmp_path):
+def test_an_image_that_replaces_another_keeps_its_own_label(tmp_path):
     for name in ("a", "b"):
         write_images(tmp_path / "train" / name, 1, 16, seed=0, labelled=False)
     (tmp_path / "train" / "a" / "0000.png").write_text("no image")
@@ -302,19 +312,19 @@ def test_modes_of_images(tmp_path):
     frames = dict(save_all=True, append_images=[grey.transpose(Image.Transpose.ROTATE_90)])
     grey.save(tmp_path / "animated ö.WebP", lossless=True, **frames)
     turned = Image.Exif()
-    turned[0x112] = 6  # to be shown turned, which is left out, as by torchvision
+    turned[0x112] = 6  # asks for a rotation, which torchvision and we ignore
     grey.save(tmp_path / "turned.png", exif=turned)
     expected = torch.from_numpy(ramp // 256).to(torch.uint8).expand(3, -1, -1)
     views = common.Views(common.load_dataset(str(tmp_path), "train", 8), common.CentreCrop(8))
     assert len(views) == 6 and all(torch.equal(views[i][0], expected) for i in range(6))
-    for kind in (np.float32, np.int32):  # no range of values is agreed on
+    for kind in (np.float32, np.int32):  # such pixels have no agreed range
         with pytest.raises(ValueError, match="has no agreed range"):
             common.rgb(Image.fromarray(100 * ramp.astype(kind)))
 
 
 def test_tensors_of_one_three_and_four_channels():
     pixels = torch.randint(0, 256, (4, 5, 6), dtype=torch.uint8)
-    assert torch.equal(common.rgb_tensor(pixels), pixels[:3])  # without alpha
+    assert torch.equal(common.rgb_tensor(pixels), pixels[:3])  # the alpha channel is dropped
     assert torch.equal(common.rgb_tensor(pixels[:3]), pixels[:3])
     assert torch.equal(common.rgb_tensor(pixels[:1]), pixels[:1].repeat(3, 1, 1))
 
@@ -362,7 +372,7 @@ def test_any_file_name_is_found_and_read(tmp_path, capfd):
         Path(path).write_text("no image")
     with pytest.raises(UserError):
         images[0]
-    assert capfd.readouterr().err.count("unreadable") == len(names)  # whose names can be printed
+    assert capfd.readouterr().err.count("unreadable") == len(names)  # every name can be printed
 
 
 def test_the_layout_of_tiny_imagenet(tmp_path):
@@ -370,14 +380,14 @@ def test_the_layout_of_tiny_imagenet(tmp_path):
         write_images(tmp_path / "train" / name / "images", 2 + i, 16, seed=i, labelled=False)
         (tmp_path / "train" / name / f"{name}_boxes.txt").write_text("0001.png\t0\t0\t9\t9\n")
     write_images(tmp_path / "val" / "images", 3, 16, seed=9, labelled=False)
-    lines = [f"{i:04d}.png\t{name}\t0\t32\t44\t62\n" for i, name in ((2, "n01"), (0, "n03"))]
+    lines = "0002.png\tn01\t0\t32\t44\t62\n" + "0000.png\tn03\t0\t32\t44\t62\n"
     annotations = tmp_path / "val" / "val_annotations.txt"
-    annotations.write_text("".join(lines) + "0001.png\tn02\t1\t1\t1\t1\n")
+    annotations.write_text(lines + "0001.png\tn02\t1\t1\t1\t1\n")
     train, val = (common.load_dataset(str(tmp_path), split, 16) for split in ("pretrain", "val"))
     assert train.classes == val.classes == ["n01", "n02", "n03"]
     assert [label for _, label in train] == [0, 0, 1, 1, 1, 2, 2, 2, 2]
     assert [label for _, label in val] == [2, 1, 0]
-    annotations.write_text("".join(lines))
+    annotations.write_text(lines)
     with pytest.raises(UserError, match=r"0001\.png is in none of the class folders"):
         common.load_dataset(str(tmp_path), "val", 16)
 
@@ -400,7 +410,7 @@ def test_folder_mistakes(tmp_path, shapes_folder):
 
 
 class Own(Dataset):
-    """PIL images of several sizes and modes, and uint8 tensors, in turn."""
+    """A user's data set: its items are PIL images of several sizes and modes, and uint8 tensors."""
 
     def __init__(self, count: int, classes: int = 0, broken: int | None = None):
         self.pixels, self.labels = common.draw_shapes(count, 24, seed=count)
@@ -414,18 +424,18 @@ class Own(Dataset):
             raise OSError("the disk is gone")
         img, label = self.pixels[index], int(self.labels[index]) if self.classes else -1
         picture = v2.functional.to_pil_image(img)
-        kinds = (picture, picture.resize((31, 18)), picture.convert("L"), picture.convert("RGBA"),
+        forms = (picture, picture.resize((31, 18)), picture.convert("L"), picture.convert("RGBA"),
                  img, img[:1], picture.convert("P"))  # fmt: skip
-        return kinds[index % len(kinds)], label
+        return forms[index % len(forms)], label
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_script_trains_on_a_user_s_data(method, tmp_path):
-    """And what it stores names no data set: a probe has to be told, or given the data, too."""
+    """The files of such a run name no data set."""
     script, data = METHODS[method].script, (Own(48, classes=10), Own(24, classes=10))
     cfg = settings(method, "--out", tmp_path, "--epochs", "1", "--knn-every", "1")
     script.main(cfg, data)
-    assert cfg.data == "shapes"  # the caller's settings stay as they are
+    assert cfg.data == "shapes"  # main does not change the caller's Config
     assert weights(tmp_path, "config")["data"] is None and weights(tmp_path, "step") == 3
     assert common.read_checkpoint(tmp_path / "encoder.pt")["config"]["data"] is None
     if method != "supervised_mim":
@@ -433,7 +443,7 @@ def test_every_script_trains_on_a_user_s_data(method, tmp_path):
         assert weights(tmp_path / "2", "step") == 3
 
 
-def test_a_probe_of_a_run_on_own_data_wants_data(tmp_path, capsys):
+def test_a_probe_of_a_run_on_own_data_needs_data(tmp_path, capsys):
     data = Own(48, classes=10), Own(24, classes=10)
     METHODS["mae"].script.main(settings("mae", "--out", tmp_path, "--epochs", "1"), data)
     error = error_of(capsys, eval_linear, tmp_path, "--device", "cpu")
@@ -450,7 +460,8 @@ def test_an_exception_of_a_user_s_data_set_is_raised(workers, tmp_path):
         METHODS["mae"].script.main(cfg, (Own(48, broken=5), None))
 
 
-def refused(capsys, method: str, data, tmp_path) -> str:
+def error_of_data(capsys, method: str, data, tmp_path) -> str:
+    """The one-line error with which a script ends when main gets these data sets."""
     with pytest.raises(SystemExit) as end:
         METHODS[method].script.main(settings(method, "--out", tmp_path / "run"), data)
     error = capsys.readouterr().err.strip()
@@ -459,7 +470,7 @@ def refused(capsys, method: str, data, tmp_path) -> str:
 
 
 class Odd(Own):
-    """Every item is what `item` makes of an image and a label."""
+    """A data set whose items are item(image, label)."""
 
     def __init__(self, count: int, item, classes: int = 10):
         super().__init__(count, classes)
@@ -484,7 +495,7 @@ def test_data_that_does_not_fit_is_one_line(capsys, tmp_path):
         ("supervised_mim", (Subset(pair[0], range(40)), pair[1]), "a Subset has lost them"),
         ("cmae", (Own(12), None), "--batch-size 16 is more than the 12 images"),
     ):  # fmt: skip
-        assert message in refused(capsys, method, data, tmp_path), message
+        assert message in error_of_data(capsys, method, data, tmp_path), message
 
 
 # ------------------------------------------------------------------------------ torchvision's sets
@@ -509,7 +520,7 @@ def test_cifar10_and_cifar100_from_miniatures_of_their_files(tmp_path, monkeypat
         assert len(train) == (20 if name == "cifar10" else 4) and len(val) == 4
         views = common.Views(val, common.CentreCrop(32))
         pixels = torch.stack([views[i][0] for i in range(4)])
-        assert torch.equal(pixels, torch.from_numpy(rows).view(4, 3, 32, 32))  # planes R, G, B
+        assert torch.equal(pixels, torch.from_numpy(rows).view(4, 3, 32, 32))  # R, then G, then B
         assert [y for _, y in val] == [0, 1, 0, 1] and list(val.classes) == ["a", "b"]
 
 
@@ -518,18 +529,18 @@ def test_stl10_from_a_miniature_of_its_files(tmp_path, monkeypatch):
     folder = tmp_path / "stl10_binary"
     folder.mkdir()
     rows = np.random.default_rng(0).integers(0, 256, (2, 3, 96, 96), dtype=np.uint8)
-    for part, count in (("train", 2), ("test", 2), ("unlabeled", 2)):
-        rows[:count].tofile(folder / f"{part}_X.bin")
+    for part in ("train", "test", "unlabeled"):
+        rows.tofile(folder / f"{part}_X.bin")
         np.array([1, 2], dtype=np.uint8).tofile(folder / f"{part}_y.bin")
     (folder / "class_names.txt").write_text("\n".join("abcdefghij"))
     (folder / "fold_indices.txt").write_text("0 1\n")
     pretrain = common.load_dataset("stl10", "pretrain", 96, tmp_path)
     assert [y for _, y in pretrain] == [0, 1, -1, -1]
-    assert common.evenly_spaced(pretrain, 2) == [0, 1]  # the monitor needs labels
+    assert common.evenly_spaced(pretrain, 2) == [0, 1]  # only images with labels, for the kNN
     assert common.evenly_spaced(pretrain) == [0, 1, 2, 3]
     train = common.load_dataset("stl10", "train", 96, tmp_path)
     assert [y for _, y in train] == [0, 1]
-    stored = torch.from_numpy(rows).transpose(2, 3)  # the files are column by column
+    stored = torch.from_numpy(rows).transpose(2, 3)  # the files store column after column
     views = common.Views(train, common.CentreCrop(96))
     assert torch.equal(torch.stack([views[0][0], views[1][0]]), stored)
 
