@@ -1,5 +1,6 @@
-"""Linear probe, kNN and fine-tuning against slow independent versions."""
+"""The linear probe, kNN and fine-tuning are compared with slow independent versions."""
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -24,27 +25,27 @@ def test_lars_equals_its_formula():
     weight, bias = torch.randn(3, 2), torch.randn(3)
     p, b = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
     optimizer = LARS([p, b], lr=0.3, momentum=0.9, weight_decay=0.1, trust_coefficient=0.02)
-    w, v, u, s = weight.double(), torch.zeros(3, 2).double(), bias.double(), torch.zeros(3).double()
+    weight, weight_momentum = weight.double(), torch.zeros(3, 2).double()
+    bias, bias_momentum = bias.double(), torch.zeros(3).double()
     for _ in range(5):
-        gw, gb = torch.randn(3, 2), torch.randn(3)
-        p.grad, b.grad = gw, gb
+        p.grad, b.grad = torch.randn(3, 2), torch.randn(3)
         optimizer.step()
-        d = gw.double() + 0.1 * w
-        d = d * 0.02 * math.sqrt((w**2).sum()) / math.sqrt((d**2).sum())
-        v = 0.9 * v + d
-        w = w - 0.3 * v
-        s = 0.9 * s + gb.double()  # 1-D: plain momentum
-        u = u - 0.3 * s
-    torch.testing.assert_close(p.double(), w, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(b.double(), u, atol=1e-5, rtol=1e-5)
-    zero = nn.Parameter(torch.zeros(2, 2))  # no norm to scale with: a plain step
+        step = p.grad.double() + 0.1 * weight
+        step = step * 0.02 * math.sqrt((weight**2).sum()) / math.sqrt((step**2).sum())
+        weight_momentum = 0.9 * weight_momentum + step
+        weight = weight - 0.3 * weight_momentum
+        bias_momentum = 0.9 * bias_momentum + b.grad.double()  # 1-D parameters are not scaled
+        bias = bias - 0.3 * bias_momentum
+    torch.testing.assert_close(p.double(), weight, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(b.double(), bias, atol=1e-5, rtol=1e-5)
+    zero = nn.Parameter(torch.zeros(2, 2))  # its norm is 0, so its step is not scaled either
     zero.grad = torch.ones(2, 2)
     LARS([zero], lr=0.5).step()
     assert torch.equal(zero.data, torch.full((2, 2), -0.5))
 
 
 def test_knn_scores_equal_a_loop():
-    """For several k, one of them larger than the training set."""
+    """Several k are tested; one of them is larger than the training set."""
     torch.manual_seed(0)
     train, labels, test = torch.randn(30, 4), torch.randint(0, 3, (30,)), torch.randn(7, 4)
     ks = (1, 5, 20, 99)
@@ -58,12 +59,13 @@ def test_knn_scores_equal_a_loop():
             for j in nearest[:k]:
                 votes[labels[j]] += math.exp(cosines[j] / 0.07)
             torch.testing.assert_close(got[k][i], torch.tensor(votes), rtol=1e-4, atol=1e-2)
-    warm = common.knn_scores(train, labels, test, num_classes=4, temperature=1.0)
-    assert tuple(warm) == (20,) and warm[20].sum(dim=1).max() < 20 * math.e
+    scores = common.knn_scores(train, labels, test, num_classes=4, temperature=1.0)
+    assert tuple(scores) == (20,)  # the default k
+    assert scores[20].sum(dim=1).max() < 20 * math.e  # 20 votes of at most exp(1 / 1.0)
 
 
 def test_knn_in_chunks_equals_one_image_at_a_time():
-    """So many training images that 700 test images make two chunks."""
+    """There are so many training images that 700 test images are divided into two chunks."""
     torch.manual_seed(0)
     train, labels, test = torch.randn(100_000, 8), torch.randint(5, (100_000,)), torch.randn(700, 8)
     scores = common.knn_scores(train, labels, test, num_classes=5)[20]
@@ -79,7 +81,10 @@ def test_knn_against_scikit_learn():
     train, labels = torch.randn(400, 8), torch.randint(0, 5, (400,))
     test = torch.randn(300, 8)
     scores = common.knn_scores(train, labels, test, num_classes=5)[20]
-    votes = lambda distance: np.exp((1 - distance) / 0.07)  # noqa: E731
+
+    def votes(distance):
+        return np.exp((1 - distance) / 0.07)
+
     theirs = neighbors.KNeighborsClassifier(20, metric="cosine", weights=votes)
     theirs.fit(train.numpy(), labels.numpy())
     agree = (torch.from_numpy(theirs.predict(test.numpy())) == scores.argmax(1)).float().mean()
@@ -89,8 +94,9 @@ def test_knn_against_scikit_learn():
 def test_the_entry_of_knn_has_the_accuracy_of_every_k():
     torch.manual_seed(0)
     labels = torch.randint(0, 8, (700,))
-    features = 4 + torch.randn(8, 6)[labels] + torch.randn(700, 6)  # far ones count, too
-    train, test = zip(features.split(400), labels.split(400), strict=True)
+    # All cosines are high, so that distant neighbours count, too, and the scores depend on k.
+    features = 4 + torch.randn(8, 6)[labels] + torch.randn(700, 6)
+    train, test = (features[:400], labels[:400]), (features[400:], labels[400:])
     got = eval_linear.evaluate_knn(train, test, 8)
     expected = {}
     for k in (1, 10, 20, 100, 200):
@@ -142,7 +148,8 @@ def test_accuracy_is_a_count():
 
 @pytest.mark.parametrize("pool", ["cls", "mean"])
 def test_features_are_those_of_the_test_crops_one_by_one(pool):
-    """More images than a batch has; drop path is off, and the encoder is in training again."""
+    """There are more images than fit in a batch. Drop path is off while features are computed, and
+    the encoder is in training mode again afterwards."""
     vit = common.ViT(16, 4, embed_dim=12, depth=2, num_heads=2, drop_path=0.5)
     images = TensorDataset(*common.draw_shapes(260, 20, 0))
     run = common.Run(eval_linear.Config(encoder="", device="cpu", workers=0, pool=pool))
@@ -173,12 +180,13 @@ def test_fine_tuning_head_normalises_the_mean_of_unnormalised_patches():
 
 
 def test_erased_pixels_are_normal_noise_and_the_rest_stays():
-    """torchvision's own box and noise, from the same random numbers, and the formula in numpy."""
+    """The box and the noise are torchvision's own, drawn from the same random numbers. The pixels
+    follow the formula, computed in numpy."""
     image = torch.randint(256, (3, 32, 24), dtype=torch.uint8)
     mean, std = (np.array(x)[:, None, None] for x in (common.MEAN, common.STD))
     for seed in range(20):
         torch.manual_seed(seed)
-        torch.rand(1)  # whether to erase at all
+        torch.rand(1)  # decides whether to erase at all
         box = v2.RandomErasing(1.0, value="random").make_params([image])
         top, left, h, w = (box[name] for name in "ijhw")
         expected = image.clone().numpy()
@@ -188,15 +196,16 @@ def test_erased_pixels_are_normal_noise_and_the_rest_stays():
         erased = eval_linear.NormalErasing(1.0, value="random")(image)
         assert erased.dtype == torch.uint8 and erased.shape == image.shape
         difference = (erased.int() - torch.from_numpy(expected).int()).abs()
-        assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3  # fp32 at .5
+        # fp32 and fp64 may round a value near .5 differently.
+        assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3
         outside = torch.ones(32, 24, dtype=torch.bool)
         outside[top : top + h, left : left + w] = False
         assert torch.equal(erased[:, outside], image[:, outside]) and h * w < 0.4 * 32 * 24
 
 
 def test_erased_pixels_are_standard_normal_after_normalisation():
-    """As far as pixels go, which are whole numbers from 0 to 255: beside numbers of numpy's that
-    are clipped and rounded in the same way."""
+    """Pixels are integers from 0 to 255, so the noise is compared with normal random numbers of
+    numpy that are rounded and clipped in the same way."""
     torch.manual_seed(0)
     erase, grey = eval_linear.NormalErasing(1.0, value="random"), 200
     image, found = torch.full((3, 64, 64), grey, dtype=torch.uint8), []
@@ -224,8 +233,8 @@ def test_an_image_in_which_no_box_fits_stays_as_it_is():
 
 
 def test_fine_tuning_augments_as_in_mae():
-    """A random crop, two operations of RandAugment with probability 1/2 each, then erasing, with
-    the probability that is given; the label stays."""
+    """A random crop is followed by two operations of RandAugment, each with probability 1/2, and by
+    erasing with the given probability. The label does not change."""
     never, always, half = (eval_linear.Augment(16, 0.5, p) for p in (0.0, 1.0, 0.5))
     assert len(half.change.transforms) == 2
     for sometimes in half.change.transforms:
@@ -260,7 +269,7 @@ def noise_of(rng, light: bool, *shape: int) -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def easy_folder(tmp_path_factory):
-    """Two classes that any evaluation that works gets right."""
+    """A folder with two classes that every working evaluation tells apart."""
     folder, rng = tmp_path_factory.mktemp("easy"), np.random.default_rng(0)
     for split, count in (("train", 64), ("val", 16)):
         for name in ("dark", "light"):
@@ -272,7 +281,7 @@ def easy_folder(tmp_path_factory):
 
 
 class OwnImages(Dataset):
-    """A user's data set of the same two classes: PIL images that differ in shape, and ints."""
+    """A user's data set of the same two classes. Its PIL images differ in shape."""
 
     def __init__(self, count: int):
         self.count, self.classes = count, ["dark", "light"]
@@ -304,7 +313,7 @@ MODES = {
 
 
 def evaluate(file, mode: str, *flags, data=None) -> dict:
-    """The mode's entry in eval.json. `file`: an encoder.pt, or the folder that has it."""
+    """Evaluates an encoder.pt, or the folder that contains it; returns the entry in eval.json."""
     arguments = [str(file), *MODES[mode], "--workers", "0", "--device", "cpu"]
     eval_linear.main(common.parse(eval_linear.Config, {}, [*arguments, *flags]), data)
     folder = file if file.is_dir() else file.parent
@@ -322,7 +331,7 @@ def test_every_mode_solves_an_easy_task_with_the_encoder_it_is_given(mode, encod
     if mode == "finetune":
         return
     content = torch.load(encoder_file, weights_only=True)
-    content["model"]["norm.weight"].zero_()  # an encoder whose features are all the same
+    content["model"]["norm.weight"].zero_()  # now all features are the same
     torch.save(content, encoder_file)
     assert evaluate(encoder_file, mode)["top1"] < 60
 
@@ -335,7 +344,7 @@ def test_every_mode_evaluates_on_a_users_own_data_sets(mode, encoder_file):
     assert entry["top1"] > 90 and entry["settings"]["data"] is None
 
 
-def test_an_encoder_of_own_data_sets_does_not_know_what_to_be_evaluated_on(
+def test_an_encoder_of_own_data_sets_needs_data_to_be_evaluated_on(
     easy_folder, encoder_file, capsys
 ):
     content = torch.load(encoder_file, weights_only=True)
@@ -357,7 +366,10 @@ def test_own_data_sets_need_the_same_classes(classes, message, encoder_file, cap
         del val.classes
     else:
         val.classes = classes
-    for data in ((train, val), *[(train, None)] * (message == "labels are needed")):
+    pairs = [(train, val)]
+    if message == "labels are needed":
+        pairs.append((train, None))
+    for data in pairs:
         with pytest.raises(SystemExit) as end:
             evaluate(encoder_file, "knn", data=data)
         assert message in error_line(end.value.code, capsys.readouterr().err)
@@ -402,7 +414,7 @@ def test_fine_tuning_mixes_smooths_and_erases(encoder_file, monkeypatch):
     for targets, options in seen:
         assert targets.shape == (8, 2) and options == {"label_smoothing": 0.1}
         torch.testing.assert_close(targets.sum(1), torch.ones(8))
-    assert any(((t > 0.01) & (t < 0.99)).any() for t, _ in seen)  # mixed labels
+    assert any(((t > 0.01) & (t < 0.99)).any() for t, _ in seen)  # some labels are mixed
     seen.clear()
     flags = ["--steps", "1", "--mixup", "0", "--cutmix", "0", "--smoothing", "0", "--restart",
              "--erasing", "0.5", "--min-crop", "0.3"]  # fmt: skip
@@ -430,16 +442,17 @@ def test_validation_is_due_every_so_many_epochs_and_at_the_end(every, epochs, en
     assert [x["epoch"] for x in lines if "top1" in x] == epochs
     evaluate(encoder_file, "finetune", "--epochs", "3", "--restart")
     last = json.loads(file.read_text().splitlines()[-1])
-    assert entry["top1"] == last["top1"]  # whatever was validated in between
+    assert entry["top1"] == last["top1"]  # validations in between do not change the result
 
 
 @pytest.mark.parametrize("mode", ["linear", "finetune"])
 def test_a_training_is_resumed_whoever_asks_for_it(mode, encoder_file, capsys):
-    """With --baseline or without, by the file or by its folder; but not that of other weights."""
+    """A training is resumed with --baseline or without, and by the encoder's file or its folder. A
+    training of other weights is not resumed."""
     first = evaluate(encoder_file, mode, "--steps", "5")
     assert "resumed after" not in capsys.readouterr().out
     both = evaluate(encoder_file.parent, mode, "--steps", "5", "--baseline")
-    assert capsys.readouterr().out.count("resumed after step 5") == 1  # the other one is new
+    assert capsys.readouterr().out.count("resumed after step 5") == 1  # the baseline is new
     again = evaluate(encoder_file, mode, "--steps", "5", "--baseline")
     assert capsys.readouterr().out.count("resumed after step 5") == 2
     assert first["top1"] == both["top1"] == again["top1"]
@@ -463,7 +476,7 @@ def test_features_that_are_not_finite_have_no_score(mode, encoder_file, capsys):
 
 
 def test_two_processes_evaluate_as_one(encoder_file):
-    """An odd number of images for two processes, and no batch to divide in kNN."""
+    """The number of images is odd, so the two processes get different numbers of them."""
     folder = common.read_checkpoint(encoder_file)["config"]["data"]
     next((Path(folder) / "val" / "dark").iterdir()).unlink()
     one = evaluate(encoder_file, "knn")
@@ -484,17 +497,18 @@ def test_eval_json_keeps_other_evaluations(encoder_file):
 
 
 def test_logistic_regression_equals_newtons_method():
-    """The same minimum, found in the weights themselves by a dense Hessian."""
+    """Newton's method with a dense Hessian of all weights finds the same minimum."""
     torch.manual_seed(0)
     x = torch.randn(300, 5).double() @ torch.randn(5, 5).double() * torch.logspace(-2, 1, 5)
     x, labels = x - x.mean(0), (x[:, 1:4] + 0.5 * torch.randn(300, 3)).argmax(1)
+
+    def objective_of(w, l2):  # (18,): weight (3, 5), bias (3,)
+        scores = x @ w[:15].view(3, 5).T + w[15:]
+        loss = (scores.exp().sum(1).log() - scores[torch.arange(300), labels]).mean()
+        return loss + l2 / 2 * (w[:15] ** 2).sum()
+
     for l2 in (1.0, 1e-2, 1e-4):
-
-        def objective(w, l2=l2):  # (18,): weight (3, 5), bias (3,)
-            scores = x @ w[:15].view(3, 5).T + w[15:]
-            loss = (scores.exp().sum(1).log() - scores[torch.arange(300), labels]).mean()
-            return loss + l2 / 2 * (w[:15] ** 2).sum()
-
+        objective = functools.partial(objective_of, l2=l2)
         w = torch.zeros(18).double()
         for _ in range(30):
             gradient = torch.autograd.functional.jacobian(objective, w)
@@ -502,8 +516,8 @@ def test_logistic_regression_equals_newtons_method():
             while objective(w - step) > objective(w):
                 step = step / 2
             w = w - step
-        unit = torch.eye(6, 5).double()  # the last row is zero
-        scores = eval_linear.logistic_regression(x, labels, unit, 3, l2)
+        # Five unit vectors and zero as test images: their scores reveal the weight and the bias.
+        scores = eval_linear.logistic_regression(x, labels, torch.eye(6, 5).double(), 3, l2)
         weight, bias = (scores[:5] - scores[5]).T, scores[5]
         best, got = objective(w), objective(torch.cat([weight.flatten(), bias]))
         assert 0 <= got - best + 1e-12 < 1e-6
@@ -513,25 +527,25 @@ def test_logistic_regression_equals_newtons_method():
 
 
 def probe(train, test, **settings) -> dict:
-    """The cached probe of features and labels."""
+    """The result of the cached probe for pairs of features and labels."""
     run = common.Run(eval_linear.Config(encoder="", device="cpu", out="", **settings))
     return eval_linear.evaluate_cached(run, train, test, int(train[1].max()) + 1)
 
 
 def test_cached_probe_is_as_good_as_the_best_linear_classifier():
-    """Gaussian classes in place of features: no classifier beats Bayes' rule, which is linear."""
+    """The features are Gaussian classes. No classifier beats Bayes' rule, which is linear here."""
     torch.manual_seed(0)
-    scale = torch.logspace(-1, 1, 16)  # channels of very different scale
+    scale = torch.logspace(-1, 1, 16)  # the channels have very different scales
     centres, labels = 0.7 * torch.randn(6, 16) * scale, torch.randint(0, 6, (8000,))
     features = 100 + centres[labels] + torch.randn(8000, 16) * scale
     distance = torch.cdist((features - 100) / scale, centres / scale)
     bayes = eval_linear.accuracy(-distance[4000:], labels[4000:])["top1"]
-    sets = list(zip(features.split(4000), labels.split(4000), strict=True))
-    got = probe(*sets)
+    train, test = (features[:4000], labels[:4000]), (features[4000:], labels[4000:])
+    got = probe(train, test)
     assert 60 < bayes < 95 and abs(got["top1"] - bayes) < 1.5
-    strong = probe(*sets, weight_decay=1.0)
-    alike = [((x - 100) / scale, y) for x, y in sets]  # channels are standardised anyway
-    assert probe(*alike, weight_decay=1.0) == strong
+    # The probe standardises channels itself, so scaling them beforehand changes nothing.
+    scaled = [((x - 100) / scale, y) for x, y in (train, test)]
+    assert probe(*scaled, weight_decay=1.0) == probe(train, test, weight_decay=1.0)
 
 
 def test_cached_probe_holds_training_images_out_to_choose_its_weight():
@@ -545,13 +559,14 @@ def test_cached_probe_holds_training_images_out_to_choose_its_weight():
     assert chosen["top1"] > weakest["top1"] + 3 and weakest["weight_decay"] == 1e-5
     again = probe(few, many, weight_decay=chosen["weight_decay"])
     assert again == chosen
+    # The final classifier is trained on all training images.
     std, mean = torch.std_mean(few[0].double(), dim=0)
-    x, test = ((x - mean) / std for x in (few[0], many[0]))  # all training images, in the end
-    scores = eval_linear.logistic_regression(x, few[1], test, 2, chosen["weight_decay"])
+    train, test = (few[0] - mean) / std, (many[0] - mean) / std
+    scores = eval_linear.logistic_regression(train, few[1], test, 2, chosen["weight_decay"])
     expected = common.accuracy(scores, many[1])["top1"]
     assert chosen["top1"] == pytest.approx(expected, abs=0.05)
-    wrong = probe(few, (many[0], 1 - many[1]))
-    assert wrong["weight_decay"] == chosen["weight_decay"]  # no label of the test images is seen
+    wrong = probe(few, (many[0], 1 - many[1]))  # test labels have no influence on the choice
+    assert wrong["weight_decay"] == chosen["weight_decay"]
     assert wrong["top1"] == pytest.approx(100 - chosen["top1"], abs=0.02)
 
 

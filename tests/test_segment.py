@@ -1,4 +1,5 @@
-"""Segmentation and other image sizes: against loops, timm, scikit-learn; then as a user runs it."""
+"""Segmentation and other image sizes are compared with loops, timm and scikit-learn; then the
+script is run as a user runs it."""
 
 import json
 import shutil
@@ -21,8 +22,8 @@ from eval_linear import MaskCrop, confusion, miou
 
 
 def labelled_pair(classes: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
-    """Predictions and targets (3, 8, 9): the last class is in neither, the first only predicted,
-    and a third of the pixels has no label."""
+    """Predictions and targets (3, 8, 9). The last class is in neither, the first class is only
+    predicted, and a third of the pixels have no label."""
     torch.manual_seed(0)
     pred = torch.randint(0, classes - 1, (3, 8, 9))
     target = torch.randint(1, classes - 1, (3, 8, 9))
@@ -61,12 +62,14 @@ def test_miou_equals_scikit_learns_jaccard_score():
 
 
 def test_masks_are_the_cover_of_the_drawing(monkeypatch):
-    """Black ground and white shapes show the cover itself."""
-    colours = []
+    """The ground is painted black and the shapes white, so the image shows which pixels a shape
+    covers."""
+    calls = []
 
-    def paint(x, y, hue, value, t):
-        colours.append(len(colours) % 2)
-        return torch.full((len(hue), 3, *x.shape), float(colours[-1]))
+    def paint(x, y, hue, value, t):  # the ground is painted first, then the shape
+        calls.append(None)
+        is_shape = len(calls) % 2 == 0
+        return torch.full((len(hue), 3, *x.shape), 1.0 if is_shape else 0.0)
 
     images, labels = common.draw_shapes(200, 24, 3)
     same, same_labels, masks = common.draw_shapes(200, 24, 3, masks=True)
@@ -89,7 +92,8 @@ def own_pair(seed: int, height: int = 40, width: int = 56) -> tuple[torch.Tensor
 
 
 def test_image_and_mask_are_cut_and_flipped_together():
-    """Beside edges, where one is bicubic and the other is not."""
+    """Away from edges, the cropped image and its mask agree. At edges they may differ, because the
+    image is resized bicubically and the mask is not."""
     images = TensorDataset(torch.empty(1))
     images.classes = ["no", "yes"]
     crop = v2.RandomResizedCrop(64, scale=(0.2, 1.0), interpolation=common.BICUBIC)
@@ -102,25 +106,26 @@ def test_image_and_mask_are_cut_and_flipped_together():
         assert new_image.shape == (3, 64, 64) and new_image.dtype == torch.uint8
         assert new_mask.shape == (64, 64) and new_mask.dtype == torch.int64
         plain = new_mask.float()[None]
-        inside = F.max_pool2d(plain, 5, 1, 2) == -F.max_pool2d(-plain, 5, 1, 2)
+        away_from_edges = F.max_pool2d(plain, 5, 1, 2) == -F.max_pool2d(-plain, 5, 1, 2)
         wrong = (new_image[0] > 127) != (new_mask == 1)
-        assert not (wrong & inside[0]).any() and wrong.float().mean() < 0.1
+        assert not (wrong & away_from_edges[0]).any() and wrong.float().mean() < 0.1
         ones.append(new_mask.float().mean())
-    assert torch.stack(ones).std() > 0.1  # they do change
+    assert torch.stack(ones).std() > 0.1  # the crops differ
 
 
 # ------------------------------------------------------------------------------ other image sizes
 
 
 def encoder_of(path, size: int = 16, **config):
+    """Writes an untrained encoder to encoder.pt, whose path is returned."""
     torch.manual_seed(0)
     vit = common.ViT(size, 4, embed_dim=24, depth=2, num_heads=3)
-    torch.nn.init.normal_(vit.pos_embed)  # trained ones
+    torch.nn.init.normal_(vit.pos_embed)  # without the symmetries of sines and cosines
     common.save_encoder(path / "encoder.pt", vit, config)
     return path / "encoder.pt"
 
 
-def test_positions_of_the_same_size_stay_and_the_class_tokens_stays(tmp_path):
+def test_positions_stay_at_the_same_size_and_the_class_tokens_position_always(tmp_path):
     file = encoder_of(tmp_path)
     plain, same, large = (common.load_encoder(file, size) for size in (None, 16, 28))
     for a, b in zip(plain.state_dict().values(), same.state_dict().values(), strict=True):
@@ -128,7 +133,7 @@ def test_positions_of_the_same_size_stay_and_the_class_tokens_stays(tmp_path):
     assert large.grid == (7, 7) and large.num_patches == 49 and large.settings["img_size"] == 28
     assert torch.equal(large.pos_embed[:, 0], plain.pos_embed[:, 0])
     assert large(torch.randn(2, 3, 28, 28)).shape == (2, 50, 24)
-    common.save_encoder(tmp_path / "large.pt", large, {})  # knows its new size
+    common.save_encoder(tmp_path / "large.pt", large, {})  # the file stores the new size
     again = common.load_encoder(tmp_path / "large.pt")
     assert again.grid == (7, 7) and torch.equal(again.pos_embed, large.pos_embed)
 
@@ -146,8 +151,8 @@ def test_positions_of_another_size_equal_timms(size, tmp_path):
 
 
 class Squares(Dataset):
-    """A user's data set: a bright square on a dark ground, which any probe finds. The image's first
-    row has no label."""
+    """A user's data set: a bright square on a dark ground, which every working probe finds. The
+    first row of pixels has no label."""
 
     def __init__(self, count: int, mask_of=lambda mask: mask, classes=("ground", "square")):
         self.count, self.mask_of, self.classes = count, mask_of, list(classes)
@@ -170,7 +175,7 @@ def probe(file, *flags, data=None) -> None:
 
 
 def segment(file, *flags, data=None, key: str = "segment") -> dict:
-    """The entry in eval.json."""
+    """Runs the probe; returns the entry in eval.json."""
     probe(file, *flags, data=data)
     return json.loads((file.parent / "eval.json").read_text())[key]
 
@@ -179,7 +184,8 @@ PAIR = Squares(64), Squares(20)
 
 
 def test_segmentation_finds_a_bright_square(tmp_path, capsys):
-    """The log, the entry, the picture and the baseline; an encoder that sees nothing does not."""
+    """Checks the score, the log, the picture and the baseline. An encoder whose tokens are all the
+    same does not find the square."""
     file = encoder_of(tmp_path)
     entry = segment(file, "--batch-size", "16", "--baseline", data=PAIR)
     assert entry["miou"] > 75 and entry["pixel_accuracy"] > 90
@@ -192,18 +198,18 @@ def test_segmentation_finds_a_bright_square(tmp_path, capsys):
     assert entry["most_frequent_class"] == pytest.approx(100 * ground.item(), abs=0.01)
     picture = np.asarray(Image.open(tmp_path / "segment.png"))
     assert picture.shape == (3 * (16 + 104), 8 * 100 + 4, 3)
-    bottom = picture[-104:]  # predictions
-    assert {tuple(c) for c in bottom.reshape(-1, 3)} >= {(0, 0, 0), (255, 255, 255)}
+    predictions = picture[-104:]  # the bottom row
+    assert {tuple(c) for c in predictions.reshape(-1, 3)} >= {(0, 0, 0), (255, 255, 255)}
 
     content = torch.load(file, weights_only=True)
-    content["model"]["norm.weight"].zero_()  # all tokens are the same
+    content["model"]["norm.weight"].zero_()  # now all tokens are the same
     torch.save(content, file)
     blind = segment(file, "--batch-size", "16", data=PAIR)
     assert blind["miou"] < 60 and blind["pixel_accuracy"] < entry["pixel_accuracy"]
 
 
 def test_the_score_is_that_of_the_final_head_pixel_by_pixel(tmp_path):
-    """A slow version of the head and its validation, from the checkpoint."""
+    """A slow version of the head, with the weights of the checkpoint, has the same score."""
     file = encoder_of(tmp_path)
     entry = segment(file, "--batch-size", "16", "--epochs", "2", data=PAIR)
     (folder,) = tmp_path.glob("eval-segment-*")
@@ -239,7 +245,8 @@ def test_the_frozen_encoder_runs_once_an_image_and_step(tmp_path, monkeypatch):
     monkeypatch.setattr(common.ViT, "forward", spied)
     segment(encoder_of(tmp_path), "--batch-size", "16", "--epochs", "3", "--val-every", "0",
             data=PAIR)  # fmt: skip
-    assert seen == [16] * 12 + [16, 4] + [8]  # training, one validation, the picture
+    training, validation, picture = [16] * 12, [16, 4], [8]
+    assert seen == training + validation + picture
 
 
 def test_segmentation_is_resumed_bit_for_bit(tmp_path):
@@ -255,14 +262,14 @@ def test_segmentation_is_resumed_bit_for_bit(tmp_path):
 
 
 def test_two_processes_count_every_pixel_once(tmp_path):
-    """An odd number of images for two processes."""
+    """The number of images is odd, so the two processes get different numbers of them."""
     file, folder = encoder_of(tmp_path), tmp_path / "two"
     folder.mkdir()
     probe_odd(file)
     assert in_processes(2, probe_odd, Path(shutil.copy(file, folder))) == [0, 0]
     one, two = (json.loads((x / "eval.json").read_text())["segment"] for x in (tmp_path, folder))
     assert two["most_frequent_class"] == one["most_frequent_class"]
-    assert abs(two["miou"] - one["miou"]) < 5  # BatchNorm of 8 images instead of 16
+    assert abs(two["miou"] - one["miou"]) < 5  # BatchNorm gets 8 images instead of 16
 
 
 def probe_odd(file) -> None:
@@ -270,7 +277,7 @@ def probe_odd(file) -> None:
 
 
 def test_segmentation_has_its_recipe(tmp_path):
-    """AdamW at 0.03, the rate itself, for any batch; --base-lr overrides it."""
+    """AdamW's learning rate is 0.03, whatever the batch size. --base-lr overrides it."""
     file = encoder_of(tmp_path)
     got = segment(file, data=PAIR)["settings"]
     recipe = dict(batch_size=64, epochs=10, lr=0.03, weight_decay=0.0, min_crop=0.5)
@@ -312,8 +319,8 @@ def test_shapes_are_limited_and_say_so(tmp_path, capsys):
 
 
 def write_pair(image, mask, seed: int, shift: int = 0) -> None:
-    """A JPEG with a bright square, and its mask as a palette PNG, all numbers raised by `shift`,
-    255 to 0."""
+    """Writes a JPEG with a bright square, and its mask as a palette PNG. `shift` is added to all
+    class numbers; with shift 1, 255 becomes 0."""
     photo, numbers = Squares(40)[seed]
     for path in (image, mask):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -325,7 +332,7 @@ def write_pair(image, mask, seed: int, shift: int = 0) -> None:
 
 @pytest.fixture()
 def voc(tmp_path):
-    """VOC2012's layout: 32 training images, 8 for validation, with 2 of 21 classes."""
+    """32 training and 8 validation images in VOC2012's layout, with 2 of its 21 classes."""
     root = tmp_path / "data" / "VOCdevkit" / "VOC2012"
     lists = root / "ImageSets" / "Segmentation"
     lists.mkdir(parents=True)
@@ -339,7 +346,7 @@ def voc(tmp_path):
 
 @pytest.fixture()
 def ade(tmp_path):
-    """ADE20K's layout: 32 training images, 8 for validation, with 2 of 150 classes."""
+    """32 training and 8 validation images in ADE20K's layout, with 2 of its 150 classes."""
     root = tmp_path / "ade"
     for split, numbers in (("training", range(32)), ("validation", range(32, 40))):
         for i in numbers:
@@ -349,7 +356,7 @@ def ade(tmp_path):
 
 
 def test_voc2012_and_ade20k_are_read_from_their_published_layouts(voc, ade, tmp_path):
-    """The same pictures in both. A probe of either ends with a score."""
+    """Both hold the same images and masks, and a probe of either ends with a score."""
     file = encoder_of(tmp_path)
     for images, classes in (
         (eval_linear.load_masked("voc2012", "val", 16, str(voc)), 21),
@@ -367,12 +374,21 @@ def test_voc2012_and_ade20k_are_read_from_their_published_layouts(voc, ade, tmp_
         assert 20 < entry["miou"] < 100 and entry["pixel_accuracy"] > 75, name
 
 
+def change_mask(root, function) -> None:
+    """Applies `function` to one training mask."""
+    path = root / "annotations/training/ADE_5.png"
+    with Image.open(path) as mask:
+        new = function(mask)
+    new.save(path)
+
+
 @pytest.mark.parametrize("harm, message", [
     (lambda root: (root / "images/training/ADE_3.jpg").unlink(), "ADE_3.jpg is missing"),
     (lambda root: (root / "annotations/validation/ADE_33.png").unlink(), "ADE_33.png is missing"),
-    (lambda root: change(root, lambda x: x.resize((10, 10))), "has the shape (10, 10), its image"),
-    (lambda root: change(root, lambda x: x.convert("RGB")), "one number for each pixel"),
-    (lambda root: change(root, lambda x: x.point(lambda k: 151 if k == 2 else k)),
+    (lambda root: change_mask(root, lambda x: x.resize((10, 10))),
+     "has the shape (10, 10), its image"),
+    (lambda root: change_mask(root, lambda x: x.convert("RGB")), "one number for each pixel"),
+    (lambda root: change_mask(root, lambda x: x.point(lambda k: 151 if k == 2 else k)),
      "has the number 151, but the classes are 1 to 150"),
     (lambda root: (root / "annotations/training/ADE_5.png").write_bytes(b""), "cannot identify"),
 ])  # fmt: skip
@@ -383,13 +399,6 @@ def test_masks_that_do_not_fit_are_one_line(harm, message, ade, tmp_path, capsys
     line = error_of(capsys, eval_linear, *flags)
     assert message in line and "ADE_" in line
 
-
-def change(root, function) -> None:
-    """Apply `function` to one training mask."""
-    path = root / "annotations/training/ADE_5.png"
-    with Image.open(path) as mask:
-        new = function(mask)
-    new.save(path)
 
 
 @pytest.mark.parametrize("mask_of, message", [
