@@ -1,4 +1,5 @@
-"""Perceptual MAE: each part against a slow version of its equation, then the variants as runs."""
+"""Perceptual MAE: each part is compared with a slow version of its equation; then the script is run
+with every variant."""
 
 import itertools
 import math
@@ -17,7 +18,7 @@ ADVERSARIAL = ["ls", "msg", "msg-ada"]
 
 
 def players(variant):
-    """The smallest model and D, with the losses of the paper."""
+    """The smallest model and its Adversary, with the paper's losses and loss weights."""
     torch.manual_seed(0)
     cfg = settings(variant, "--style-weight", 40, "--scale-weight", 0, "--no-normalize-features")
     return pm.build(cfg), pm.build_adversary(cfg)
@@ -73,7 +74,7 @@ def test_adversarial_losses_equal_their_formulas_per_image():
     assert pm.logistic_d_loss(real, fake).item() == pytest.approx(sum(logistic) / 3)
     expected = sum(math.log(1 + math.exp(-f)) for f in fake.tolist()) / 3
     assert pm.logistic_g_loss(fake).item() == pytest.approx(expected)
-    # Errors of opposite sign do not cancel: their mean is right, and yet there is a loss.
+    # Errors of opposite sign do not cancel: the mean scores are right, but the loss is not 0.
     assert pm.ls_d_loss(torch.tensor([0.0, 2.0]), torch.tensor([-1.0, 1.0])).item() == 1
 
 
@@ -95,7 +96,7 @@ def test_r1_and_path_length_of_functions_whose_gradient_is_known():
         torch.manual_seed(seed)
         noise = torch.randn(2, 48) / math.sqrt(16)
         lengths = (noise @ matrix).view(2, 5, 6).square().sum(2).mean(1).sqrt()
-        if seed == 0:  # it starts at the first measurement
+        if seed == 0:  # the running mean starts at the first measurement
             mean = lengths.mean().item()
         torch.testing.assert_close(penalty, (lengths - mean).square().mean())
         path.update()
@@ -108,18 +109,19 @@ def test_r1_and_path_length_of_functions_whose_gradient_is_known():
 
 
 def shrink(imgs, k):
-    """Images at 1/k of their side: a triangle filter of half-width k, cut off at the borders."""
-    centre = torch.arange(imgs.shape[-1], dtype=imgs.dtype) + 0.5  # of a pixel
-    small_centre = k * centre[: imgs.shape[-1] // k, None]
-    matrix = (1 - (centre - small_centre).abs() / k).clamp(min=0)
+    """Shrinks images to 1/k of their side, by a triangle filter of half-width k that is cut off at
+    the borders."""
+    centres = torch.arange(imgs.shape[-1], dtype=imgs.dtype) + 0.5  # of the pixels
+    small_centres = k * centres[: imgs.shape[-1] // k, None]
+    matrix = (1 - (centres - small_centres).abs() / k).clamp(min=0)
     matrix /= matrix.sum(1, keepdim=True)
     return matrix @ imgs @ matrix.T
 
 
-def slow_ssim_loss(fake, real, shares):
-    """L_ssim from its equation, at the sides S / k for each k of `shares`: window by window."""
+def slow_ssim_loss(fake, real, factors):
+    """L_ssim from its equation, window by window, for the sides S / k with k in `factors`."""
     total = 0.0
-    for k in shares:
+    for k in factors:
         dissimilarities, errors = [], []
         for x, y in zip(shrink(fake, k).flatten(0, 1), shrink(real, k).flatten(0, 1), strict=True):
             side, x, y = len(x), x.tolist(), y.tolist()
@@ -142,8 +144,8 @@ def slow_ssim_loss(fake, real, shares):
 
 
 def image_pair(side, channels=3, dtype=torch.float64):
-    """Reconstructions that leave 0..1, and images: from equal on the left to unlike on the right,
-    with a dark part on the left and an even one at the top."""
+    """A reconstruction, with values outside 0..1, and an image. They are equal at the left edge and
+    differ more and more to the right. The image is dark on the left and uniform at the top."""
     torch.manual_seed(side)
     real = torch.rand(1, channels, side, side, dtype=dtype)
     real[..., : side // 3] *= 0.02
@@ -152,12 +154,12 @@ def image_pair(side, channels=3, dtype=torch.float64):
     return fake, real
 
 
-@pytest.mark.parametrize("side, channels, shares", [
+@pytest.mark.parametrize("side, channels, factors", [
     (32, 3, [1, 2, 4, 8]), (224, 1, [1, 2, 4, 8]), (16, 3, [1, 2, 4]), (8, 3, [1, 2]), (4, 3, [1]),
 ])  # fmt: skip
-def test_ssim_loss_equals_loops_at_all_scales_of_4_pixels_or_more(side, channels, shares):
+def test_ssim_loss_equals_loops_at_all_scales_of_4_pixels_or_more(side, channels, factors):
     fake, real = image_pair(side, channels)
-    expected = slow_ssim_loss(fake, real, shares)
+    expected = slow_ssim_loss(fake, real, factors)
     assert pm.ssim_loss(fake, real).item() == pytest.approx(expected, rel=1e-9)
     assert pm.ssim_loss(fake.float(), real.float()).item() == pytest.approx(expected, rel=1e-4)
     if side == 32:
@@ -165,8 +167,8 @@ def test_ssim_loss_equals_loops_at_all_scales_of_4_pixels_or_more(side, channels
             slow_ssim_loss(fake, real, [1, 2]), rel=1e-9)  # fmt: skip
 
 
-def test_ssim_loss_of_even_images_is_the_formula():
-    """Their windows have no variance: 0.2 and 0.6 differ in luminance alone."""
+def test_ssim_loss_of_uniform_images_is_the_formula():
+    """The windows of uniform images have no variance, so only the luminance differs."""
     fake, real = (torch.full((1, 3, 32, 32), x, dtype=torch.float64) for x in (0.2, 0.6))
     similarity = (2 * 0.2 * 0.6 + 0.0001) / (0.2**2 + 0.6**2 + 0.0001)
     expected = 4 * (0.85 * (1 - similarity) / 2 + 0.15 * 0.4)
@@ -175,12 +177,12 @@ def test_ssim_loss_of_even_images_is_the_formula():
 
 @pytest.mark.parametrize("side", [32, 224])
 def test_ssim_loss_of_equal_images_is_exactly_0(side):
-    for image in image_pair(side, dtype=torch.float32):  # of those outside 0..1, too
+    for image in image_pair(side, dtype=torch.float32):  # also of an image that leaves 0..1
         assert pm.ssim_loss(image.clone(), image).item() == 0.0
 
 
 def test_ssim_loss_has_a_gradient_at_every_pixel():
-    """Also where the reconstruction is below 0 or above 1, and where the image is even."""
+    """This also holds where the reconstruction leaves 0..1, and where the image is uniform."""
     torch.manual_seed(0)
     pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     pixels[0, :, :16], pixels[1, :, 16:] = 0, 255
@@ -191,8 +193,9 @@ def test_ssim_loss_has_a_gradient_at_every_pixel():
     assert ((fake < 0) | (fake > 1)).float().mean() > 0.2
     (gradient,) = torch.autograd.grad(pm.ssim_loss(fake, real), reconstruction)
     assert gradient.isfinite().all() and (gradient != 0).all()
-    equal = imgs.clone().requires_grad_()  # where the loss is 0
-    assert torch.autograd.grad(pm.ssim_loss(pm.to_rgb(equal), real), equal)[0].isfinite().all()
+    equal = imgs.clone().requires_grad_()  # a perfect reconstruction, whose loss is 0
+    (gradient,) = torch.autograd.grad(pm.ssim_loss(pm.to_rgb(equal), real), equal)
+    assert gradient.isfinite().all()
 
 
 def test_ssim_loss_is_fp32_under_autocast():
@@ -218,7 +221,7 @@ def test_pyramid_is_a_triangle_filter():
 
 
 def test_msg_decoder_equals_a_slow_version():
-    """One image at a time, tokens put in their places one by one, maps named by their blocks."""
+    """The slow version takes one image at a time and puts tokens in their places one by one."""
     torch.manual_seed(0)
     vit = common.ViT(16, 4, embed_dim=12, depth=6, num_heads=3)
     dec = pm.MSGDecoder(vit, dim=8, depth=5, num_heads=2)
@@ -248,12 +251,13 @@ def test_msg_decoder_equals_a_slow_version():
     for n in range(2):
         y = dec.blocks[0](place(vit.norm(maps[5]), n))
         outputs = [y]
-        for i, source in ((1, 4), (2, 3), (3, 2), (4, 1)):  # 6 blocks: maps 4, 3, 2, 1
-            y = torch.cat([y, place(maps[source], n)], dim=-1)
+        # After its first block, the decoder also takes the encoder's maps, the latest first.
+        for i, encoder_block in ((1, 4), (2, 3), (3, 2), (4, 1)):
+            y = torch.cat([y, place(maps[encoder_block], n)], dim=-1)
             y = dec.blocks[i](y @ dec.fuse[i - 1].weight.T + dec.fuse[i - 1].bias)
             outputs.append(y)
         full = paint(dec.pred(dec.norm(outputs[4]))[:, 1:])
-        half = paint(dec.preds[0](outputs[2])[:, 1:])  # the earlier block, the larger image
+        half = paint(dec.preds[0](outputs[2])[:, 1:])  # an earlier block makes a larger image
         half = F.conv2d(half, dec.convs[0].weight, dec.convs[0].bias, 2, 1)
         quarter = F.avg_pool2d(paint(dec.preds[1](outputs[3])[:, 1:]), 2)
         quarter = F.conv2d(quarter, dec.convs[1].weight, dec.convs[1].bias, 2, 2)
@@ -272,17 +276,18 @@ def test_shapes_and_gradients_at_all_sizes(size, patch, scales):
     imgs = torch.randn(2, 3, size, size)
     fake = model.images(model(imgs)[0])
     assert [x.shape for x in fake] == [(2, 3, s, s) for s in scales]
-    one = pm.Discriminator(size, 16)
-    for disc, images in ((pm.MSGDiscriminator(size, 16), fake), (one, fake[:1])):
+    single_scale = pm.Discriminator(size, 16)
+    for disc, images in ((pm.MSGDiscriminator(size, 16), fake), (single_scale, fake[:1])):
         score, features = disc(images)
         assert score.shape == (2,) and score.dtype == torch.float32 and features
         model.zero_grad()
         (score.sum() + sum(f.sum() for f in features)).backward(retain_graph=True)
         assert all(p.grad is not None and p.grad.norm() > 1e-5 for p in disc.parameters())
-    assert len(one(fake[:1])[1]) == {32: 3, 64: 4, 96: 4, 224: 4}[size]
+    _, features = single_scale(fake[:1])
+    assert len(features) == {32: 3, 64: 4, 96: 4, 224: 4}[size]
 
 
-def test_too_few_blocks_say_what_would_do():
+def test_too_few_blocks_are_refused_with_numbers_that_fit():
     vit = common.ViT(32, 4, embed_dim=24, depth=4, num_heads=3)
     with pytest.raises(UserError, match="--decoder-depth 4, not 3; or --img-size below 32"):
         pm.MSGDecoder(vit, 16, 3, 2)
@@ -296,11 +301,11 @@ def test_too_few_blocks_say_what_would_do():
 
 
 def test_widths_are_those_of_the_paper_at_224():
-    one, msg = pm.Discriminator(224), pm.MSGDiscriminator(224)
-    convs = [m for m in one.modules() if isinstance(m, nn.Conv2d)]
+    single_scale, msg = pm.Discriminator(224), pm.MSGDiscriminator(224)
+    convs = [m for m in single_scale.modules() if isinstance(m, nn.Conv2d)]
     assert [(c.out_channels, c.kernel_size[0], c.stride[0]) for c in convs] == [
         (64, 7, 2), (128, 5, 2), (256, 5, 2), (512, 3, 2), (512, 3, 2)]  # fmt: skip
-    assert sum(isinstance(m, nn.BatchNorm2d) for m in one.modules()) == 4
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in single_scale.modules()) == 4
     assert [block[2].out_channels for block in msg.blocks] == [64, 128, 256, 256, 256]
     assert msg.final[0].out_channels == 512
     assert len({id(layer.weight) for layer in msg.from_rgb}) == 6
@@ -338,11 +343,12 @@ def test_msg_discriminator_equals_a_slow_version():
 
 def test_rule_for_p_rises_falls_and_stays_in_bounds():
     augment = pm.AdaptiveAugment()
-    sure, unsure = torch.ones(10), torch.cat([torch.ones(7), -torch.ones(3)])  # r_t 1 and 0.4
-    for call in range(1, 9):
+    sure = torch.ones(10)  # r_t = 1
+    unsure = torch.cat([torch.ones(7), -torch.ones(3)])  # r_t = 0.4
+    for call in range(1, 9):  # p changes after every fourth call
         augment.update(sure, 1000)
         assert augment.p == pytest.approx(call // 4 * 4 * 1000 / 500_000)
-    # One check in which the mean of four steps counts, (1 + 1 + 0.4 + 0.4) / 4 = 0.7: up.
+    # The mean r_t of four steps decides. Here it is (1 + 1 + 0.4 + 0.4) / 4 = 0.7, so p rises.
     for scores in (sure, sure, unsure, unsure):
         augment.update(scores, 1000)
     assert augment.p == pytest.approx(0.024)
@@ -365,22 +371,22 @@ def test_augmentation_is_the_identity_at_0_and_the_same_at_all_scales():
     waves = [torch.sin(3 * axis[:, None] + k * axis + k) for k in range(3)]
     pyramid = pm.image_pyramid(torch.stack(waves).expand(40, 3, 64, 64).contiguous(), [64, 32, 16])
     assert all(torch.equal(a, b) for a, b in zip(augment(pyramid), pyramid, strict=True))
-    augment.p = 1e-9  # through all the arithmetic
+    augment.p = 1e-9  # p = 0 returns the images at once; a tiny p runs through all the arithmetic
     for a, b in zip(augment(pyramid), pyramid, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
     augment.p = 1.0
     torch.manual_seed(1)
     result = augment(pyramid)
     assert (result[0] - pyramid[0]).abs().mean(dim=(1, 2, 3)).min() > 0.05
-    for small in result[1:]:  # to the error of resampling
+    for small in result[1:]:
         expected = pm.image_pyramid(result[0], [64, small.shape[-1]])[1]
         error = (small - expected).square().mean().sqrt() / expected.std()
-        assert error < 0.12, error
-    one, other = torch.stack([small[0] for small in result[1:2]]), result[1][1]
-    assert (one[0] - other).abs().mean() > 0.05  # each image has its own
+        assert error < 0.12, error  # the error of resampling
+    first, second = result[1][:2]
+    assert (first - second).abs().mean() > 0.05  # each image has its own augmentation
 
 
-def test_augmentation_has_gradients_and_its_share_of_images():
+def test_augmentation_has_gradients_and_changes_its_share_of_images():
     torch.manual_seed(0)
     imgs = torch.randn(8, 3, 16, 16, requires_grad=True)
     augment = pm.AdaptiveAugment()
@@ -391,73 +397,75 @@ def test_augmentation_has_gradients_and_its_share_of_images():
     n, p = 20000, 0.3
     affine, (colour, offset) = pm.random_affine(n, p, 32), pm.random_colour(n, p)
     same = (affine - torch.eye(2, 3)).abs().amax((1, 2)) < 1e-5
-    # A flip is none half of the time, a turn a quarter, a shift by up to 4 whole pixels 1 in 64.
-    # Scaling, rotation (at least one of two), aspect, shift by fractions always do something.
+    # Each operation is chosen with probability p; of two rotations, at least one is. A chosen flip
+    # does nothing in 1 of 2 cases, a chosen turn in 1 of 4, and a chosen shift by up to 4 whole
+    # pixels in 1 of 64. All other operations always change the image.
     chance = (1 - p / 2) * (1 - 3 * p / 4) * (1 - 63 * p / 64) * (1 - p) ** 4
     assert same.float().mean().item() == pytest.approx(chance, abs=0.012)
     same = ((colour - torch.eye(3)).abs().amax((1, 2)) < 1e-5) & (offset.abs().amax((1, 2)) < 1e-5)
     assert same.float().mean().item() == pytest.approx((1 - p) ** 4 * (1 - p / 2), abs=0.012)
 
 
-def draws(count, p):
-    """The draws of random_affine and random_colour, in their order."""
-    uniform = lambda: torch.rand(count)  # noqa: E731
-    switched = lambda x, chance=p: x * (torch.rand(count) < chance)  # noqa: E731
-    return uniform, switched
+def sometimes(x, p):
+    """Sets each element of x to 0 with probability 1 - p."""
+    return x * (torch.rand(len(x)) < p)
+
+
+def rotation_matrix(angle):
+    return torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
 
 
 def test_affine_map_is_the_product_of_its_operations():
+    """The random numbers are drawn once more, in the order in which random_affine draws them."""
     n, p, size = 50, 0.6, 32
     torch.manual_seed(3)
     got = pm.random_affine(n, p, size)
     torch.manual_seed(3)
-    uniform, switched = draws(n, p)
-    rotation = 1 - math.sqrt(1 - p)
-    scale, aspect = switched(0.2 * torch.randn(n)), switched(0.2 * torch.randn(n))
-    whole, part = switched(torch.ones(n)), switched(torch.ones(n))
-    flip = switched((2 * uniform() - 1 > 0).float())
-    turns = switched((4 * uniform()).floor())
-    tx, ty = (whole * (0.125 * size * (2 * uniform() - 1)).round() for _ in range(2))
-    first = switched(math.pi * (2 * uniform() - 1), rotation)
-    second = switched(math.pi * (2 * uniform() - 1), rotation)
-    fx, fy = (part * 0.125 * torch.randn(n) for _ in range(2))  # shares of the side
+    p_rotation = 1 - math.sqrt(1 - p)  # for each of two rotations
+    scale, aspect = sometimes(0.2 * torch.randn(n), p), sometimes(0.2 * torch.randn(n), p)
+    shifts_pixels, shifts_fraction = sometimes(torch.ones(n), p), sometimes(torch.ones(n), p)
+    flip = sometimes((2 * torch.rand(n) - 1 > 0).float(), p)
+    quarter_turns = sometimes((4 * torch.rand(n)).floor(), p)
+    tx, ty = (shifts_pixels * (0.125 * size * (2 * torch.rand(n) - 1)).round() for _ in range(2))
+    first = sometimes(math.pi * (2 * torch.rand(n) - 1), p_rotation)
+    second = sometimes(math.pi * (2 * torch.rand(n) - 1), p_rotation)
+    fx, fy = (shifts_fraction * 0.125 * torch.randn(n) for _ in range(2))  # fractions of the side
     for i in range(n):
-        def turn(a):
-            return torch.tensor([[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]])
-
         s, a = 2 ** scale[i].item(), 2 ** aspect[i].item()
-        point = torch.tensor([[0.3], [-0.7]])  # in the result; where in the image does it lie?
+        point = torch.tensor([[0.3], [-0.7]])  # a place in the result; the map gives its source
         x = point + 2 * torch.tensor([[fx[i].item()], [fy[i].item()]])
-        x = turn(second[i].item()) @ x
+        x = rotation_matrix(second[i].item()) @ x
         x = torch.diag(torch.tensor([a, 1 / a])) @ x
-        x = s * (turn(first[i].item()) @ x)
+        x = s * (rotation_matrix(first[i].item()) @ x)
         x = x + torch.tensor([[tx[i].item()], [ty[i].item()]]) * 2 / size
-        x = turn(turns[i].item() * math.pi / 2) @ x
+        x = rotation_matrix(quarter_turns[i].item() * math.pi / 2) @ x
         x = torch.diag(torch.tensor([1 - 2 * flip[i].item(), 1.0])) @ x
         expected = got[i, :, :2] @ point + got[i, :, 2:]
         torch.testing.assert_close(x, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_colour_map_is_the_product_of_its_operations():
+    """The random numbers are drawn once more, in the order in which random_colour draws them."""
     n, p = 50, 0.6
     torch.manual_seed(4)
     colour, offset = pm.random_colour(n, p)
     torch.manual_seed(4)
-    uniform, switched = draws(n, p)
-    b, c = switched(0.2 * torch.randn(n)), switched(0.5 * torch.randn(n))
-    flip = switched((uniform() < 0.5).float())
-    hue, s = switched(math.pi * (2 * uniform() - 1)), switched(torch.randn(n))
+    brightness = sometimes(0.2 * torch.randn(n), p)
+    contrast = sometimes(0.5 * torch.randn(n), p)
+    flip = sometimes((torch.rand(n) < 0.5).float(), p)
+    hue = sometimes(math.pi * (2 * torch.rand(n) - 1), p)
+    saturation = sometimes(torch.randn(n), p)
     grey = torch.ones(3) / math.sqrt(3)
     cross = torch.linalg.cross(torch.eye(3), grey.expand(3, 3)).T * -1  # cross @ v = grey x v
     mean, std = torch.tensor(common.MEAN), torch.tensor(common.STD)
     for i in range(n):
         x = torch.randn(3)
         y = (x * std + mean) * 2 - 1  # colours in -1..1
-        y = (y + b[i]) * 2 ** c[i]
+        y = (y + brightness[i]) * 2 ** contrast[i]
         y = y - 2 * flip[i] * (y @ grey) * grey
         y = torch.matrix_exp(hue[i] * cross) @ y
         along = (y @ grey) * grey
-        y = along + (y - along) * 2 ** s[i]
+        y = along + (y - along) * 2 ** saturation[i]
         y = ((y + 1) / 2 - mean) / std
         torch.testing.assert_close(colour[i] @ x + offset[i, :, 0], y, atol=2e-5, rtol=1e-4)
 
@@ -466,19 +474,20 @@ def test_colour_map_is_the_product_of_its_operations():
 
 
 def two_pass_gradients(variant, adversary, model, imgs):
-    """The textbook's step: a forward pass of its own for each loss, fakes detached for D's."""
+    """Each player's loss has its own forward passes, as in a textbook. The discriminator's loss
+    takes detached reconstructions."""
     disc = adversary.discriminator
     fake = model.images(model(imgs)[0])
     real = pm.image_pyramid(imgs, [x.shape[-1] for x in fake])
-    d_real, d_fake = disc(real)[0], disc([x.detach() for x in fake])[0]
-    d_loss = (pm.logistic_d_loss if variant == "msg-ada" else pm.ls_d_loss)(d_real, d_fake)
+    scores = disc(real)[0], disc([x.detach() for x in fake])[0]
+    d_loss = pm.logistic_d_loss(*scores) if variant == "msg-ada" else pm.ls_d_loss(*scores)
     d_gradients = torch.autograd.grad(d_loss, list(disc.parameters()))
     disc.requires_grad_(False)
     fake_maps, real_maps = adversary.frozen(fake)[1], adversary.frozen(real)[1]
     score = disc(fake)[0]
+    adv = pm.logistic_g_loss(score) if variant == "msg-ada" else pm.ls_g_loss(score)
     g_loss = (fake[0] - imgs).abs().mean() + 0.05 * pm.feature_loss(fake_maps, real_maps)
-    g_loss = g_loss + 40 * pm.style_loss(fake_maps, real_maps)
-    g_loss = g_loss + 0.7 * (pm.logistic_g_loss if variant == "msg-ada" else pm.ls_g_loss)(score)
+    g_loss = g_loss + 40 * pm.style_loss(fake_maps, real_maps) + 0.7 * adv
     disc.requires_grad_(True)
     return g_loss, torch.autograd.grad(g_loss, pm.trainable(model)), d_loss, d_gradients
 
@@ -488,10 +497,10 @@ def test_one_forward_pass_gives_the_gradients_of_two(variant):
     model, adversary = players(variant)
     disc, imgs = adversary.discriminator, torch.randn(4, 3, 16, 16)
     for parameter in adversary.frozen.parameters():
-        parameter.mul_(1.1)  # no longer D
+        parameter.mul_(1.1)  # so that the copy differs from the discriminator
     before = {k: v.clone() for k, v in adversary.frozen.state_dict().items()}
     torch.manual_seed(5)
-    g_loss, d_loss, _ = adversary.losses(model, disc, imgs, step=1)  # no regulariser
+    g_loss, d_loss, _ = adversary.losses(model, disc, imgs, step=1)  # step 1 has no regulariser
     d_loss.backward(inputs=pm.trainable(disc), retain_graph=True)
     g_loss.backward(inputs=pm.trainable(model))
     torch.manual_seed(5)
@@ -519,6 +528,8 @@ def test_perceptual_terms_reach_the_decoder(variant):
 
 
 def test_normalised_features_are_in_units_of_the_real_maps():
+    """The unit is the root mean square of the real image's map; that of Gram matrices is its
+    square."""
     model, adversary = players("msg-ada")
     adversary.normalize_features, imgs = True, torch.randn(4, 3, 16, 16)
     torch.manual_seed(3)
@@ -538,24 +549,33 @@ def test_normalised_features_are_in_units_of_the_real_maps():
 
 @pytest.mark.parametrize("variant", ADVERSARIAL)
 def test_gradient_sizes_and_accuracy_equal_those_taken_by_hand(variant):
-    """grad_*: each weighted term alone, differentiated for the full-size image."""
+    """grad_* is the gradient of each weighted term alone by the full-size image."""
     model, adversary = players(variant)
     adversary.scale_weight, imgs = 0.5, torch.randn(8, 3, 16, 16)
-    shown, disc = [], adversary.discriminator
-    adversary.losses(model, lambda x: shown.append(disc(x)[0]) or disc(x), imgs, 1)
+    seen_scores, disc = [], adversary.discriminator
+
+    def watched(images):
+        score, features = disc(images)
+        seen_scores.append(score)
+        return score, features
+
+    adversary.losses(model, watched, imgs, 1)
     border = 0.0 if variant == "msg-ada" else 0.5
-    with torch.no_grad():  # so that some of D's answers are right and some wrong
-        disc.score.bias += border - torch.cat(shown).median()
+    with torch.no_grad():  # so that the discriminator is right for some images and wrong for others
+        disc.score.bias += border - torch.cat(seen_scores).median()
     torch.manual_seed(3)
     fake = [x.detach() for x in model.images(model(imgs)[0])]
     fake[0].requires_grad_()
     scores, real = disc(fake)[0], pm.image_pyramid(imgs, [x.shape[-1] for x in fake])
     maps = adversary.frozen(fake)[1], adversary.frozen(real)[1]
-    terms = dict(
-        pix=sum(w * (a - b).abs().mean() for w, a, b in zip((1, 0.5, 0.5), fake, real)),  # noqa: B905
-        feat=0.05 * pm.feature_loss(*maps), style=40 * pm.style_loss(*maps),
-        adv=0.7 * (F.softplus(-scores).mean() if border == 0 else (scores - 1).square().mean() / 2),
-    )  # fmt: skip
+    pix = [(a - b).abs().mean() for a, b in zip(fake, real, strict=True)]  # the full size first
+    logistic, least_squares = F.softplus(-scores).mean(), (scores - 1).square().mean() / 2
+    terms = {
+        "pix": pix[0] + 0.5 * sum(pix[1:]),
+        "feat": 0.05 * pm.feature_loss(*maps),
+        "style": 40 * pm.style_loss(*maps),
+        "adv": 0.7 * (logistic if variant == "msg-ada" else least_squares),
+    }
     torch.manual_seed(3)
     _, _, stats = adversary.losses(model, disc, imgs, 1, measure=True)
     torch.testing.assert_close(stats["pix"], terms["pix"])
@@ -583,10 +603,10 @@ def test_lazy_regularisers_come_at_their_steps_and_with_their_weights():
         path, r1 = terms.get("path", torch.zeros(())), terms.get("r1", torch.zeros(()))
         torch.testing.assert_close(g_loss, terms["loss"] + 4 * 2 * path)
         torch.testing.assert_close(d_loss, terms["d_loss"] + 16 * 10 / 2 * r1)
-    adversary.r1_gamma = adversary.path_weight = 0.0  # switch them off
+    adversary.r1_gamma = adversary.path_weight = 0.0  # weights of 0 switch both off
     assert not adversary.losses(model, adversary.discriminator, imgs, 0)[2].keys() & {"r1", "path"}
     adversary.r1_gamma, adversary.path_weight = 10.0, 2.0
-    real = [x.requires_grad_() for x in pm.image_pyramid(imgs, [16, 8, 4])]  # R1: at all scales
+    real = [x.requires_grad_() for x in pm.image_pyramid(imgs, [16, 8, 4])]  # R1 sums over scales
     gradients = torch.autograd.grad(adversary.discriminator(real)[0].sum(), real)
     expected = sum(g.square().sum() for g in gradients) / 4
     torch.testing.assert_close(terms["r1"], expected, rtol=1e-3, atol=1e-5)
@@ -594,20 +614,27 @@ def test_lazy_regularisers_come_at_their_steps_and_with_their_weights():
 
 def test_both_players_see_augmented_images_and_gradients_go_through(monkeypatch):
     model, adversary = players("msg-ada")
-    adversary.augment.p, seen, imgs = 1.0, [], torch.randn(4, 3, 16, 16)
-    augment = adversary.augment.forward
+    adversary.augment.p, imgs = 1.0, torch.randn(4, 3, 16, 16)
+    given, augmented, judged = [], [], []
+    augment, disc = adversary.augment.forward, adversary.discriminator
 
-    def recorded(pyramid):
-        seen.append((pyramid, augment(pyramid)))
-        return seen[-1][1]
+    def watched_augment(pyramid):
+        given.append(pyramid)
+        augmented.append(augment(pyramid))
+        return augmented[-1]
 
-    monkeypatch.setattr(adversary.augment, "forward", recorded)
-    shown, disc = [], adversary.discriminator
-    adversary.losses(model, lambda x: shown.append(x) or disc(x), imgs, 1)
-    (fake, fake_seen), (real, real_seen) = seen
+    def watched_discriminator(images):
+        judged.append(images)
+        return disc(images)
+
+    monkeypatch.setattr(adversary.augment, "forward", watched_augment)
+    adversary.losses(model, watched_discriminator, imgs, 1)
+    fake, real = given
     assert torch.equal(real[0], imgs) and not torch.equal(fake[0], imgs)
-    assert all(map(torch.equal, shown[0], fake_seen)) and all(map(torch.equal, shown[1], real_seen))
-    assert shown[0][0].requires_grad and not shown[1][0].requires_grad
+    for images, expected in zip(judged, augmented, strict=True):
+        assert all(map(torch.equal, images, expected))
+    judged_fake, judged_real = judged
+    assert judged_fake[0].requires_grad and not judged_real[0].requires_grad
 
 
 def test_r1_is_computed_in_fp32_whatever_the_precision():
@@ -638,7 +665,7 @@ def test_end_of_a_step_hands_over_real_scores_and_the_global_batch(monkeypatch):
 # ------------------------------------------------------------------------------ the script
 
 
-def test_the_imagenet_preset_is_the_authors():
+def test_the_imagenet_preset_has_the_authors_numbers():
     cfg = common.parse(pm.Config, pm.PRESETS, ["--preset", "imagenet"])
     assert (cfg.variant, cfg.size, cfg.img_size, cfg.patch_size) == ("msg-ada", "base", 224, 16)
     assert (cfg.decoder_depth, cfg.decoder_dim, cfg.decoder_heads, cfg.mask_ratio) == (
@@ -647,7 +674,7 @@ def test_the_imagenet_preset_is_the_authors():
     assert (cfg.weight_decay, cfg.epochs, cfg.batch_size, cfg.min_crop) == (0, 300, 64, 0.2)
     assert (cfg.feature_weight, cfg.style_weight, cfg.adv_weight) == (0.05, 40, 0.7)
     assert (cfg.r1_gamma, cfg.path_weight, cfg.refresh_epochs, cfg.disc_width) == (10, 2, 5, 512)
-    assert cfg.scale_weight == 0  # the error of the full-size image alone
+    assert cfg.scale_weight == 0  # only the full-size image has a pixel loss
 
 
 @pytest.mark.parametrize("variant", ADVERSARIAL)
@@ -661,13 +688,20 @@ def test_a_run(variant, whole_run):
     assert (whole_run(variant) / "recon_0003.png").exists()
 
 
-def test_ssim_trains_on_rgb_without_d(whole_run, tmp_path, shapes_folder, monkeypatch):
+def test_ssim_trains_on_rgb_without_a_discriminator(
+    whole_run, tmp_path, shapes_folder, monkeypatch
+):
     seen, ssim_loss = [], pm.ssim_loss
-    monkeypatch.setattr(pm, "ssim_loss", lambda *args: seen.append(args) or ssim_loss(*args))
+
+    def watched(fake, real):
+        seen.append((fake, real))
+        return ssim_loss(fake, real)
+
+    monkeypatch.setattr(pm, "ssim_loss", watched)
     train("ssim", tmp_path, shapes_folder, "--epochs", "15", "--lr", "0.01")
     first, *_, last = metrics(tmp_path)
     assert last["loss"] < 0.9 * first["loss"]
-    for fake, real in seen[:2]:  # RGB, of which only the reconstruction is not clipped
+    for fake, real in seen[:2]:  # both are RGB; the reconstruction is not clipped to 0..1
         assert fake.shape == real.shape == (16, 3, 16, 16) and fake.requires_grad
         pixels = (255 * real).round().clamp(0, 255)
         torch.testing.assert_close(255 * real, pixels, rtol=0, atol=1e-3)
@@ -682,9 +716,12 @@ def test_ssim_trains_on_rgb_without_d(whole_run, tmp_path, shapes_folder, monkey
     assert "model" in state and not state.keys() & {"adversary", "d_optimizer"}
 
 
-def test_the_copy_of_d_moves_only_when_it_is_due(tmp_path, shapes_folder, monkeypatch):
-    """Every second step of an epoch of four, BatchNorm's statistics included; never between
-    micro-batches. Gradients are measured on the epoch's last step."""
+def test_the_copy_of_the_discriminator_changes_only_when_it_is_due(
+    tmp_path, shapes_folder, monkeypatch
+):
+    """With --refresh-epochs 0.5, the copy and its BatchNorm statistics change at every second step
+    of an epoch of four, but not between micro-batches. Gradients are measured on the epoch's last
+    step."""
     copies, measured, losses = [], [], pm.Adversary.losses
 
     def watched(self, model, discriminator, imgs, step, measure):
@@ -695,33 +732,41 @@ def test_the_copy_of_d_moves_only_when_it_is_due(tmp_path, shapes_folder, monkey
 
     monkeypatch.setattr(pm.Adversary, "losses", watched)
     train("ls", tmp_path, shapes_folder, "--epochs", "2", "--accumulate", "2")
-    assert len(copies) == 2 * 8 and all(map(torch.equal, copies[::2], copies[1::2]))
-    moved = [not torch.equal(a, b) for a, b in itertools.pairwise(copies[::2])]
-    assert moved == [step % 2 == 0 for step in range(1, 8)]
-    assert measured == 2 * [*6 * [False], True, True]
+    first_of_step, second_of_step = copies[::2], copies[1::2]  # each step has two micro-batches
+    assert len(copies) == 2 * 8 and all(map(torch.equal, first_of_step, second_of_step))
+    changed = [not torch.equal(a, b) for a, b in itertools.pairwise(first_of_step)]
+    assert changed == [step % 2 == 0 for step in range(1, 8)]
+    assert measured == 2 * (6 * [False] + 2 * [True])
 
 
 def test_one_generator_and_two_discriminator_passes_a_step(tmp_path, shapes_folder, monkeypatch):
     calls = []
-    for kind in (pm.PerceptualMAE, pm.MSGDiscriminator):
-        def counted(self, *args, _forward=kind.forward, **kwargs):
-            calls.append((type(self).__name__, self.training))
-            return _forward(self, *args, **kwargs)
+
+    def count_calls(kind):
+        forward = kind.forward
+
+        def counted(self, *args, **kwargs):
+            calls.append((kind, self.training))
+            return forward(self, *args, **kwargs)
 
         monkeypatch.setattr(kind, "forward", counted)
+
+    count_calls(pm.PerceptualMAE)
+    count_calls(pm.MSGDiscriminator)
     train("msg-ada", tmp_path, shapes_folder, "--steps", "4", "--epochs", "1")
-    assert calls.count(("PerceptualMAE", True)) == 4 + 1  # one for the picture
-    assert calls.count(("MSGDiscriminator", True)) == 2 * 4
-    assert calls.count(("MSGDiscriminator", False)) == 2 * 4  # the copy
+    assert calls.count((pm.PerceptualMAE, True)) == 4 + 1  # four steps and the picture
+    assert calls.count((pm.MSGDiscriminator, True)) == 2 * 4
+    assert calls.count((pm.MSGDiscriminator, False)) == 2 * 4  # the copy, in eval mode
 
 
 @pytest.mark.parametrize("variant, accumulate, warned", [
     ("msg", 8, True), ("msg-ada", 8, True), ("msg", 4, False), ("ls", 8, False),
 ])  # fmt: skip
-def test_micro_batches_that_d_cannot_compare_are_warned_of(
+def test_a_warning_says_if_micro_batches_have_too_few_images(
     variant, accumulate, warned, tmp_path, shapes_folder, capsys
 ):
-    flags = ["--accumulate", accumulate, "--steps", "1", "--epochs", "1"]  # of 16 images
+    """The batch has 16 images, so 8 micro-batches have 2 each."""
+    flags = ["--accumulate", accumulate, "--steps", "1", "--epochs", "1"]
     train(variant, tmp_path, shapes_folder, *flags)
     lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     assert len(lines) == warned
@@ -747,14 +792,21 @@ def test_without_a_decay_both_players_follow_the_cosine(tmp_path, shapes_folder)
 
 
 @pytest.mark.parametrize("variant", ["ls", "msg"])
-def test_without_losses_of_d_there_is_no_d(variant, tmp_path, shapes_folder, monkeypatch):
-    """L1 on all pixels of all scales, by plain gradient descent on the model alone."""
+def test_without_its_losses_there_is_no_discriminator(
+    variant, tmp_path, shapes_folder, monkeypatch
+):
+    """If all three weights are 0, L1 on all pixels of all scales trains the model alone."""
     flags = ["--feature-weight", "0", "--style-weight", "0", "--adv-weight", "0"]
     flags += ["--scale-weight", "0.5", "--lr", "0.01"]
-    seen, pixel_loss = set(), pm.pixel_loss
-    monkeypatch.setattr(pm, "pixel_loss", lambda *args: seen.add(args[2]) or pixel_loss(*args))
+    scale_weights, pixel_loss = set(), pm.pixel_loss
+
+    def watched(fake, real, scale_weight):
+        scale_weights.add(scale_weight)
+        return pixel_loss(fake, real, scale_weight)
+
+    monkeypatch.setattr(pm, "pixel_loss", watched)
     train(variant, tmp_path, shapes_folder, "--epochs", "15", *flags)
-    assert seen == {0.5}
+    assert scale_weights == {0.5}
     first, *_, last = metrics(tmp_path)
     assert last["loss"] < 0.9 * first["loss"]
     assert first["pix"] == first["loss"]
@@ -765,9 +817,8 @@ def test_without_losses_of_d_there_is_no_d(variant, tmp_path, shapes_folder, mon
     model = pm.build(settings(variant))
     fake = model.images(model(torch.randn(4, 3, 16, 16))[0])
     real = [torch.randn_like(x) for x in fake]
-    expected = (fake[0] - real[0]).abs().mean()
-    expected = expected + 0.5 * sum((f - r).abs().mean() for f, r in zip(fake[1:], real[1:]))  # noqa: B905
+    errors = [(f - r).abs().mean() for f, r in zip(fake, real, strict=True)]
     loss = pixel_loss(fake, real, 0.5)
-    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(loss, errors[0] + 0.5 * sum(errors[1:]))
     loss.backward()
     assert all(p.grad is not None for p in pm.trainable(model))
