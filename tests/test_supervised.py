@@ -1,5 +1,5 @@
-"""Supervised MIM: compares tokenizer and losses with slow versions of their equations, then tests
-whole runs."""
+"""Supervised MIM: tokenizer and losses are compared with slow versions of their equations; then the
+script is run."""
 
 import functools
 import json
@@ -150,19 +150,20 @@ def test_losses_and_straight_through_gradients_equal_their_definitions():
     torch.testing.assert_close(losses["commitment"], commitment)
     torch.testing.assert_close(losses["loss"], l1 + 0.25 * commitment)
     losses["loss"].backward(inputs=[z])
-    through, = torch.autograd.grad(l1, codes)  # straight through: z gets this gradient
-    expected = through + 0.25 * 2 * (z - codes).detach() / z.numel()
+    (l1_gradient,) = torch.autograd.grad(l1, codes)  # straight-through: z gets this gradient
+    expected = l1_gradient + 0.25 * 2 * (z - codes).detach() / z.numel()
     torch.testing.assert_close(z.grad, expected, atol=1e-7, rtol=1e-4)
     assert not tokenizer.codebook.requires_grad
 
 
 def update(tokenizer, z, ids) -> None:
+    """Updates the codebook as if these features (N, dim) had been assigned to these codes (N,)."""
     tokenizer.seen = [(z, ids)]
     tokenizer.update_codebook()
 
 
 def test_the_codebook_follows_moving_averages():
-    """Three batches, against numbers; codes that nobody uses do not count here."""
+    """Three batches are compared with a loop. Usage is so high that no code is restarted."""
     tokenizer = tokenizer_of(decay=0.9)
     usage, sums = torch.rand(16) + 3, torch.randn(16, 8)
     tokenizer.usage.copy_(usage)
@@ -184,14 +185,14 @@ def test_the_codebook_follows_moving_averages():
 def test_dead_codes_restart_at_vectors_of_the_batch():
     tokenizer, z = tokenizer_of(decay=0.5), torch.randn(40, 8)
     update(tokenizer, z, torch.zeros(40, dtype=torch.int64))
-    at = (tokenizer.codebook[:, None] - z).norm(dim=2)
-    # At first, all codes but the one that is used.
-    assert (at[1:].amin(dim=1) < 1e-3).all() and at[0].min() > 1e-3
-    assert len(set(at[1:].argmin(dim=1).tolist())) == 15  # different ones
-    assert tokenizer.usage[1:].tolist() == [2.5] * 15  # 40 / 16
+    distances = (tokenizer.codebook[:, None] - z).norm(dim=2)
+    # The first update restarts all codes except the one that is used.
+    assert (distances[1:].amin(dim=1) < 1e-3).all() and distances[0].min() > 1e-3
+    assert len(set(distances[1:].argmin(dim=1).tolist())) == 15  # at different vectors
+    assert tokenizer.usage[1:].tolist() == [2.5] * 15  # 40 vectors / 16 codes
     tokenizer.usage[:] = 2.5
-    tokenizer.usage[3] = 0.4  # half of it is left, below 0.25, if it is not used
-    tokenizer.usage[4] = 0.6
+    tokenizer.usage[3] = 0.4  # halved, it falls below the limit of 0.25, so the code restarts
+    tokenizer.usage[4] = 0.6  # halved, it stays above the limit
     before = tokenizer.sums / tokenizer.usage[:, None]
     update(tokenizer, torch.randn(40, 8), torch.full((40,), 7))
     moved = (tokenizer.codebook - before).norm(dim=1) > 1e-4
@@ -203,7 +204,7 @@ def test_dead_codes_restart_at_vectors_of_the_batch():
 
 @pytest.mark.parametrize("width", [8, 16, 32, 64, 128, 40])
 def test_no_channel_is_normalised_alone(width):
-    """Alone, a channel would lose its mean, and the image its colours."""
+    """A channel that is normalised alone loses its mean, and the image loses its colours."""
     norms = [m for m in VQTokenizer(16, 8, 32, dim=16, width=width).modules()
              if isinstance(m, torch.nn.GroupNorm)]  # fmt: skip
     assert len(norms) > 5
@@ -232,11 +233,12 @@ def test_psnr_and_perplexity_equal_their_formulas():
     for i, value in enumerate(supervised_mim.psnr(imgs, others).tolist()):
         a, b = (common.denormalize(x[i]).double().numpy() for x in (imgs, others))
         assert value == pytest.approx(10 * math.log10(1 / ((a - b) ** 2).mean()), abs=1e-3)
-    even, used = supervised_mim.codebook_use(torch.tensor([[0, 1, 2, 3], [0, 1, 2, 3]]), 8)
-    assert even == pytest.approx(4) and used == 0.5
-    even, used = supervised_mim.codebook_use(torch.tensor([0, 0, 0, 1]), 4)
+    ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 3]])
+    perplexity, share_used = supervised_mim.codebook_use(ids, 8)
+    assert perplexity == pytest.approx(4) and share_used == 0.5
+    perplexity, share_used = supervised_mim.codebook_use(torch.tensor([0, 0, 0, 1]), 4)
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
-    assert even == pytest.approx(math.exp(entropy)) and used == 0.5
+    assert perplexity == pytest.approx(math.exp(entropy)) and share_used == 0.5
 
 
 def train_tokenizer_on(folder, micro_batches=1) -> None:
@@ -273,7 +275,7 @@ def test_processes_and_micro_batches_train_the_tokenizer_of_the_whole_batch(tmp_
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_token_loss_equals_a_loop_over_hidden_patches(dtype, smoothing):
+def test_token_loss_equals_a_loop_over_masked_patches(dtype, smoothing):
     logits, ids = torch.randn(3, 6, 5).to(dtype).requires_grad_(), torch.randint(5, (3, 6))
     mask = common.random_masking(3, 6, 0.5)[1]
     mask[0] = True  # so the images have different numbers of masked patches
@@ -302,8 +304,12 @@ def test_forward_equals_two_passes_by_hand(target, mixed, pool, monkeypatch):
         targets = 0.6 * targets + 0.4 * targets.roll(1, 0)
     visible, mask = common.random_masking(4, 16, 0.5)
     ratios = []
-    monkeypatch.setattr(common, "random_masking",
-                        lambda b, n, ratio, *_: ratios.append(ratio) or (visible, mask))
+
+    def fixed_masking(batch, num_patches, mask_ratio, *_):
+        ratios.append(mask_ratio)
+        return visible, mask
+
+    monkeypatch.setattr(common, "random_masking", fixed_masking)
     loss, stats = model(imgs, targets if mixed else labels, ids, clean)
     assert ratios == [0.5]
 
@@ -323,21 +329,22 @@ def test_forward_equals_two_passes_by_hand(target, mixed, pool, monkeypatch):
         assert stats["pixel_loss"].item() == pytest.approx(mim.item(), rel=1e-5)
     torch.testing.assert_close(loss, class_loss + 0.7 * mim)
     assert stats["class_loss"].item() == pytest.approx(class_loss.item(), rel=1e-5)
-    right = (logits.argmax(dim=1) == labels).float().mean()  # `labels`: those of the larger part
-    assert stats["top1"].item() == pytest.approx(100 * right.item())
+    # If images are mixed, the label of the larger part is the right one.
+    accuracy = (logits.argmax(dim=1) == labels).float().mean()
+    assert stats["top1"].item() == pytest.approx(100 * accuracy.item())
     assert not any(x.requires_grad for x in stats.values())
     torch.testing.assert_close(model(clean, labels, ids)[0], model(clean, labels, ids, clean)[0])
 
 
 def test_gradients_reach_what_they_should():
     imgs, labels, ids = torch.randn(4, 3, 16, 16), torch.arange(4), torch.randint(16, (4, 16))
-    for weight, reached in ((1.0, True), (0.0, False)):
+    for weight in (1.0, 0.0):
         model = model_of(mim_weight=weight)
         loss, _ = model(imgs, labels, ids)
         loss.backward()
         for name, p in model.named_parameters():
             if p.requires_grad:
-                expected = reached or not name.startswith("decoder")
+                expected = weight > 0 or not name.startswith("decoder")
                 assert (p.grad.abs().max() > 0) == expected, name
     model = model_of(mim_weight=1.0)
     both, stats = model(imgs, labels, ids)
@@ -360,7 +367,7 @@ def test_any_number_of_channels(channels):
     assert loss.isfinite()
 
 
-def test_one_batch_can_be_learnt_by_heart():
+def test_one_batch_can_be_over_fitted():
     model, tokenizer = model_of(), tokenizer_of()
     imgs, labels = common.draw_shapes(8, 16, 0)
     imgs, labels = common.normalize(imgs), labels % 5
@@ -423,18 +430,18 @@ def test_tokens_are_those_of_the_crop_before_randaugment(
     monkeypatch.setattr(v2, "RandAugment", lambda *args, **kwargs: v2.RandomInvert(p=1))
     flags = ["--steps", "4", "--tokenizer", tokenizer, "--randaug", "9", "--min-crop", "0.999"]
     train(METHOD, tmp_path, shapes_folder, *flags)
-    encode, mirrored = load(tokenizer).eval().requires_grad_(False).encode, 0
+    encode, flips = load(tokenizer).eval().requires_grad_(False).encode, 0
     originals, _ = images_of(shapes_folder, "train")
     for imgs, _, ids, clean in calls:
         pixels, changed = (common.denormalize(x) for x in (clean, imgs))
         torch.testing.assert_close(changed, 1 - pixels, atol=1e-4, rtol=0)
         assert torch.equal(encode(clean), ids)
         for img in clean:
-            upright, flipped = ((x - img).abs().mean(dim=(1, 2, 3)).min() for x in
-                              (originals, originals.flip(3)))  # fmt: skip
+            upright = (originals - img).abs().mean(dim=(1, 2, 3)).min()
+            flipped = (originals.flip(3) - img).abs().mean(dim=(1, 2, 3)).min()
             assert min(upright, flipped) < 0.15  # the crop lacks at most one row or column
-            mirrored += int(flipped < upright)
-    assert 10 < mirrored < 54
+            flips += int(flipped < upright)
+    assert 10 < flips < 54
 
 
 def test_augment_changes_one_of_two_equal_crops():
@@ -585,11 +592,12 @@ def test_the_class_branch_of_the_first_step_is_the_baseline_s(tmp_path, shapes_f
     train(METHOD, tmp_path / "baseline", shapes_folder, *flags, "--mim-weight", "0")
     train(METHOD, tmp_path / "pixels", shapes_folder, *flags, "--target", "pixels")
     assert not (tmp_path / "pixels" / "tokenizer").exists()
-    a, b, c = (metrics(tmp_path / name)[0] for name in ("mim", "baseline", "pixels"))
-    assert a["class_loss"] == b["class_loss"] == c["class_loss"] == b["loss"]
-    assert "token_loss" in a and "pixel_loss" in c and not {"token_loss", "pixel_loss"} & b.keys()
-    a, b = (torch.load(tmp_path / name / "encoder.pt")["model"] for name in ("mim", "baseline"))
-    assert a.keys() == b.keys()
+    mim, baseline, pixels = (metrics(tmp_path / x)[0] for x in ("mim", "baseline", "pixels"))
+    assert mim["class_loss"] == pixels["class_loss"] == baseline["class_loss"] == baseline["loss"]
+    assert "token_loss" in mim and "pixel_loss" in pixels
+    assert not {"token_loss", "pixel_loss"} & baseline.keys()
+    mim, baseline = (torch.load(tmp_path / x / "encoder.pt")["model"] for x in ("mim", "baseline"))
+    assert mim.keys() == baseline.keys()
 
 
 def test_the_checkpoint_keeps_only_the_checksum_of_the_tokenizer(trained):
@@ -644,7 +652,7 @@ def test_a_run_is_resumed_only_with_the_tokenizer_that_it_began_with(
     expected = f"of another run: checksum of the tokenizer was {was}, now {now}; use another --out"
     assert expected in refused("--tokenizer", other)
     assert "given.pt: No such file" in refused("--tokenizer", given)
-    # It does not train a tokenizer, either.
+    # Without --tokenizer, the run is refused as well; it does not train a tokenizer of its own.
     assert "add the --tokenizer FILE that it was started with" in refused()
     assert (run / "checkpoint.pt").read_bytes() == before and not (run / "tokenizer").exists()
     train(METHOD, run, shapes_folder, *flags, "--tokenizer", moved)
@@ -747,7 +755,8 @@ def test_fine_tuning_with_mim_starts_from_the_file(
     before, file = weights(trained), common.load_encoder(trained / name).state_dict()
     for key, x in tuned.items():
         module, _, key_of_module = key.partition(".")
-        assert torch.equal(x, (before if module in loaded else new)[key]), key
+        expected = before[key] if module in loaded else new[key]
+        assert torch.equal(x, expected), key
         if module == "encoder":
             assert torch.equal(x, file[key_of_module]), key
     for key in ("encoder.cls_token", "decoder.pred.weight", "head.weight"):
@@ -786,19 +795,19 @@ def test_every_flag_reaches_its_part(tmp_path, shapes_folder, monkeypatch):
     assert augment.rand_augment.magnitude == 7
 
 
-def test_the_picture_shows_hidden_patches_predicted_and_others_as_they_are(monkeypatch):
+def test_the_picture_shows_masked_patches_predicted_and_visible_ones_as_they_are(monkeypatch):
     model, tokenizer, imgs = model_of(), tokenizer_of().eval(), torch.randn(2, 3, 16, 16)
     visible, mask = common.random_masking(2, 16, 0.5)
     monkeypatch.setattr(common, "random_masking", lambda *args: (visible, mask))
     with torch.no_grad():
         rows = supervised_mim.reconstruct(model, tokenizer, imgs)
         pred = model.decoder(model.encoder(imgs, visible), visible).argmax(dim=2)
-    shown = [common.patchify(row, 4) for row in rows.values()]
-    assert torch.equal(shown[1], shown[0] * ~mask[:, :, None])
+    given, masked, tokens, predicted = rows.values()
+    visible_patches = common.patchify(given, 4) * ~mask[:, :, None]
+    assert torch.equal(common.patchify(masked, 4), visible_patches)
     ids = tokenizer.encode(imgs)
-    assert torch.equal(list(rows.values())[2], tokenizer.decode(ids))
-    filled = tokenizer.decode(torch.where(mask, pred, ids))
-    assert torch.equal(list(rows.values())[3], filled)
+    assert torch.equal(tokens, tokenizer.decode(ids))
+    assert torch.equal(predicted, tokenizer.decode(torch.where(mask, pred, ids)))
 
 
 def test_the_imagenet_preset_is_the_published_recipe():
@@ -836,10 +845,10 @@ def test_labels_are_needed_but_not_by_the_tokenizer(tmp_path, capsys):
     write_images(tmp_path / "half" / "train", 32, 16, seed=0)
     write_images(tmp_path / "loose" / "train", 32, 16, seed=0)
     write_images(tmp_path / "loose" / "val", 8, 16, seed=0, labelled=False)
-    none, stray = "lacks labels: class folders", "or none in folders of classes"
-    for data, reason in (("flat", none), ("half", none), ("loose", stray)):
+    no_labels, no_class_folders = "lacks labels: class folders", "or none in folders of classes"
+    for data, message in (("flat", no_labels), ("half", no_labels), ("loose", no_class_folders)):
         flags = [*FLAGS, "--data", tmp_path / data, "--out", tmp_path / "run"]
-        assert reason in error_of(capsys, supervised_mim, *flags)
+        assert message in error_of(capsys, supervised_mim, *flags)
         assert not (tmp_path / "run").exists()
     train(METHOD, tmp_path / "run", tmp_path / "flat", "--train-tokenizer")
     assert (tmp_path / "run" / "tokenizer" / "tokenizer.pt").exists()
