@@ -100,7 +100,7 @@ def kolmogorov_smirnov(a, b) -> float:
     (64, 48, (0.1, 0.3, 0.6, 0.9), (0.2, 1.0), 0.6),
     (20, 100, (0.0, 0.2, 0.5, 0.7), (0.2, 1.0), 0.1),  # often no size fits in ten tries
 ])  # fmt: skip
-def test_crops_are_distributed_as_a_slow_version_of_them(height, width, box, scale, alpha):
+def test_crops_have_the_distribution_of_a_slow_version(height, width, box, scale, alpha):
     torch.manual_seed(0)
     rng, count, box = np.random.default_rng(0), 2000, torch.tensor(box)
     ours = crops_of(count, height, width, box, scale, alpha=alpha).numpy()
@@ -141,7 +141,7 @@ def test_crops_are_u_shaped_within_the_box_and_sized_as_random_resized_crops():
     assert middle.std().item() == pytest.approx(32 / math.sqrt(12), rel=0.05)
 
 
-def test_a_crop_that_fits_in_no_size_is_placed_by_the_box_too():
+def test_a_crop_for_which_no_size_fits_is_placed_by_the_box_too():
     left = torch.tensor([0.0, 0.0, 1.0, 0.1])
     assert cmae.sample_contrastive_crop(10, 100, left, (1.0, 1.0))[2:] == (10, 13)
     _, places, _, _ = crops_of(200, 10, 100, left, (1.0, 1.0)).T
@@ -633,7 +633,7 @@ def test_two_processes_compute_what_one_does_with_the_whole_batch(tmp_path):
 # ------------------------------------------------------------------------------ runs
 
 
-def test_all_off_is_mae_bit_for_bit(tmp_path, shapes_folder):
+def test_with_all_parts_off_it_is_mae_bit_for_bit(tmp_path, shapes_folder):
     flags = ["--epochs", "2", "--lr", "1e-3", "--min-crop", "0.4", "--warmup-epochs", "0.3"]
     train("cmae", tmp_path / "off", shapes_folder, *flags, *OFF)
     train("mae", tmp_path / "mae", shapes_folder, *flags, "--depth", "2")

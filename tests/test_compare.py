@@ -319,7 +319,7 @@ def test_a_verdict_follows_from_the_sign_of_the_claim():
     assert small.verdict(1) == small.verdict(-1) == "not resolved"
 
 
-def test_every_row_s_command_is_accepted():
+def test_the_command_of_every_row_is_accepted():
     for row in compare.ROWS.values():
         if row.command.startswith("supervised_mim.py"):
             assert "--decoder-depth 2" in row.command  # it must not depend on the script's default

@@ -55,7 +55,7 @@ def test_shapes_are_reproducible_balanced_and_not_given_away_by_colour():
 
 
 @pytest.mark.parametrize("height, width", [(32, 32), (20, 61)])
-def test_the_random_crop_is_torchvision_s_composition(height, width):
+def test_the_random_crop_equals_torchvisions_transforms(height, width):
     """The same random numbers give the same pixels, and about half of the crops are flipped."""
     image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
     ours, flips = common.RandomCrop(24, 0.3), 0
@@ -73,7 +73,7 @@ def test_the_random_crop_is_torchvision_s_composition(height, width):
     assert 70 < flips < 130
 
 
-def test_pixels_of_a_crop_are_pillow_s_to_one_grey_level():
+def test_pixels_of_a_crop_equal_pillows_to_one_grey_level():
     image = common.draw_shapes(1, 40, seed=0)[0][0, :, :, 8:32]
     crop = common.RandomCrop(32, 0.1)
     for seed in range(40):
@@ -116,7 +116,7 @@ def test_crops_are_distributed_as_the_definition_says(height, width, scale):
     torch.testing.assert_close(ours.quantile(grid, 0), theirs.quantile(grid, 0), atol=1.01, rtol=0)
 
 
-def test_the_test_crop_is_pillow_s():
+def test_the_centre_crop_equals_pillows():
     image = common.draw_shapes(1, 40, 0)[0][0]
     crop, label = common.CentreCrop(24)(image, 3, 0)
     picture = v2.functional.to_pil_image(image).resize((27, 27), Image.BICUBIC)  # 24 * 256 / 224
@@ -129,9 +129,9 @@ def test_the_test_crop_is_pillow_s():
 
 def test_normalize_and_back():
     imgs = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
-    for c, (mean, std) in enumerate(zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)):
-        expected = (imgs[:, c] / 255 - mean) / std
-        torch.testing.assert_close(common.normalize(imgs)[:, c], expected, atol=1e-5, rtol=1e-5)
+    for channel, mean, std in ((0, 0.485, 0.229), (1, 0.456, 0.224), (2, 0.406, 0.225)):
+        expected, got = (imgs[:, channel] / 255 - mean) / std, common.normalize(imgs)[:, channel]
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     back = common.denormalize(common.normalize(imgs))
     torch.testing.assert_close(back, imgs / 255, atol=1e-5, rtol=0)
 
@@ -177,7 +177,7 @@ def test_an_epoch_sees_every_image_once_and_processes_share_it():
     assert not torch.equal(labels, next_labels)
 
 
-def test_a_loader_started_in_mid_epoch_goes_on_where_it_was(shapes_folder):
+def test_a_loader_can_start_in_the_middle_of_an_epoch(shapes_folder):
     images = common.load_dataset(str(shapes_folder), "train", 16)
     epoch = list(make_loader(images).batches(8))  # the second epoch, of 8 steps
     for workers in (0, 2):
@@ -231,7 +231,7 @@ def means_of_all(folder) -> None:
     torch.save(results, f"{folder}/{run.world}-{run.rank}.pt")
 
 
-def test_outputs_are_in_the_set_s_order_however_many_processes_make_them(tmp_path):
+def test_outputs_keep_the_order_of_the_data_set_with_any_number_of_processes(tmp_path):
     pixels, labels = common.draw_shapes(601, 8, 0)
     means = common.normalize(pixels).mean(dim=(2, 3))
     means_of_all(tmp_path)
@@ -245,7 +245,7 @@ def test_outputs_are_in_the_set_s_order_however_many_processes_make_them(tmp_pat
         torch.testing.assert_close(some_means, means[index])
 
 
-def test_outputs_leave_the_model_s_mode_as_it_was():
+def test_outputs_do_not_change_the_mode_of_the_model():
     run, images, seen = common.Run(common.Config(device="cpu")), shapes(4, 8), []
     model = torch.nn.Dropout().train()
 
@@ -430,7 +430,7 @@ class Own(Dataset):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_script_trains_on_a_user_s_data(method, tmp_path):
+def test_every_script_trains_on_a_users_data(method, tmp_path):
     """The files of such a run name no data set."""
     script, data = METHODS[method].script, (Own(48, classes=10), Own(24, classes=10))
     cfg = settings(method, "--out", tmp_path, "--epochs", "1", "--knn-every", "1")
@@ -454,7 +454,7 @@ def test_a_probe_of_a_run_on_own_data_needs_data(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_an_exception_of_a_user_s_data_set_is_raised(workers, tmp_path):
+def test_an_exception_of_a_users_data_set_is_raised(workers, tmp_path):
     cfg = settings("mae", "--out", tmp_path, "--workers", workers)
     with pytest.raises(OSError, match="the disk is gone"):
         METHODS["mae"].script.main(cfg, (Own(48, broken=5), None))
@@ -480,7 +480,7 @@ class Odd(Own):
         return self.item(self.pixels[index], int(self.labels[index]))
 
 
-def test_data_that_does_not_fit_is_one_line(capsys, tmp_path):
+def test_data_that_does_not_fit_is_a_one_line_error(capsys, tmp_path):
     pair = Own(48, classes=10), Own(24, classes=10)
     for method, data, message in (
         ("mae", (Odd(48, lambda x, y: (x / 255, y)), None), "not torch.float32 (3, 24, 24)"),

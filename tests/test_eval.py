@@ -581,6 +581,6 @@ def test_cached_probe_holds_training_images_out_to_choose_its_weight():
     (["ENCODER", "--batch-size", "16", "--cache-features"], "add --no-cache-features"),
     (["ENCODER", "--batch-size", "1", "--no-cache-features"], "BatchNorm needs at least 2 images"),
 ])  # fmt: skip
-def test_mistakes_are_one_line_and_exit_code_2(arguments, message, encoder_file, capsys):
+def test_mistakes_are_one_line_errors_with_exit_code_2(arguments, message, encoder_file, capsys):
     arguments = [encoder_file if a == "ENCODER" else a for a in arguments]
     assert message in error_of(capsys, eval_linear, *arguments)

@@ -180,7 +180,7 @@ def signal_all(number: int, step: int, *arguments) -> None:
     train(*arguments)
 
 
-def test_a_signal_to_all_processes_spares_the_loader_s(tmp_path):
+def test_a_signal_to_all_processes_does_not_stop_the_loader(tmp_path):
     """The loader's processes deliver the images with which the step is finished. They end with the
     run."""
     write_images(tmp_path / "data", 64, 24, seed=0, labelled=False)
@@ -415,7 +415,9 @@ def fuzz(script, count: int, seed: int, folder: Path) -> tuple[int, int, list[st
 
 @pytest.mark.parametrize("count", [5, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("script", [mae_perceptual, mixed_ae, cmae, supervised_mim, eval_linear])
-def test_random_command_lines_train_or_end_in_one_line(script, count, playground, monkeypatch):
+def test_random_command_lines_train_or_end_with_a_one_line_error(
+    script, count, playground, monkeypatch
+):
     monkeypatch.chdir(playground)
     trained, refused, failures = fuzz(script, count, count, playground)
     print(f"{trained} trained, {refused} refused")

@@ -178,7 +178,7 @@ def test_decoder_equals_a_loop():
     torch.testing.assert_close(decoder(tokens, visible), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_initialisation_is_mae_s():
+def test_initialisation_follows_mae():
     torch.manual_seed(0)
     vit = ViT(32, 4, embed_dim=192, depth=1, num_heads=3)
     for weight in (vit.patch_embed.proj.weight.flatten(1), vit.blocks[0].attn.qkv.weight):

@@ -548,7 +548,7 @@ def test_normalised_features_are_in_units_of_the_real_maps():
 
 
 @pytest.mark.parametrize("variant", ADVERSARIAL)
-def test_gradient_sizes_and_accuracy_equal_those_taken_by_hand(variant):
+def test_gradient_sizes_and_accuracy_equal_slow_versions(variant):
     """grad_* is the gradient of each weighted term alone by the full-size image."""
     model, adversary = players(variant)
     adversary.scale_weight, imgs = 0.5, torch.randn(8, 3, 16, 16)
@@ -646,7 +646,7 @@ def test_r1_is_computed_in_fp32_whatever_the_precision():
     torch.testing.assert_close(*penalties, rtol=1e-5, atol=0)
 
 
-def test_end_of_a_step_hands_over_real_scores_and_the_global_batch(monkeypatch):
+def test_end_of_a_step_hands_over_real_scores_and_the_global_batch_size(monkeypatch):
     model, adversary = players("msg-ada")
     calls, imgs = [], torch.randn(2, 4, 3, 16, 16)
     monkeypatch.setattr(adversary.augment, "update", lambda *arguments: calls.append(arguments))

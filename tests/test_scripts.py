@@ -274,7 +274,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, shapes_folder, caps
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
-def test_a_folder_in_use_takes_no_other_process(tmp_path, shapes_folder):
+def test_a_folder_in_use_refuses_a_second_process(tmp_path, shapes_folder):
     with common.lock(tmp_path):
         assert in_processes(1, train, "mae", tmp_path, shapes_folder) == [2]
     assert {path.name for path in tmp_path.iterdir()} == {".lock"}
@@ -299,7 +299,7 @@ def test_files_and_worker_processes_resume_bit_for_bit(
     assert_same_state(tmp_path / "parts", tmp_path / "whole")
 
 
-def test_an_overflow_of_fp16_leaves_the_step_out_and_logs_no_infinity():
+def test_an_fp16_overflow_skips_the_step_and_logs_no_infinity():
     run = common.Run(mae_perceptual.Config(out="unused", device="cpu", precision="fp16"))
     model = torch.nn.Linear(2, 1)
     optimizer, before = torch.optim.SGD(model.parameters(), lr=1.0), model.weight.detach().clone()
@@ -568,7 +568,7 @@ MISTAKES = {
     pytest.param(script, flags, message, id=f"{script.__name__} {' '.join(flags)}"[:60])
     for script, mistakes in MISTAKES.items() for flags, message in mistakes
 ])  # fmt: skip
-def test_mistakes_are_one_line_and_leave_nothing(script, flags, message, tmp_path, capsys):
+def test_mistakes_are_one_line_errors_and_leave_nothing(script, flags, message, tmp_path, capsys):
     assert message in error_of(capsys, script, "--out", tmp_path / "run", *flags)
     assert not (tmp_path / "run").exists()
 
@@ -611,7 +611,7 @@ def test_restart_ignores_the_checkpoint_and_says_so(whole_run, tmp_path, shapes_
     assert (tmp_path / "eval.json").exists()  # no file is deleted
 
 
-def test_without_labels_there_is_no_knn_but_a_run(tmp_path, capsys):
+def test_without_labels_a_run_has_no_knn(tmp_path, capsys):
     write_images(tmp_path / "data", 16, 16, seed=0, labelled=False)
     train("mae", tmp_path / "run", tmp_path / "data", "--epochs", "1", "--knn-every", "1")
     assert "no kNN, because it needs labels" in capsys.readouterr().out
@@ -651,7 +651,7 @@ def test_common_and_one_script_are_all_that_a_project_needs(name, tmp_path, shap
     assert weights(tmp_path / "runs" / f"{name}-demo", "step") == 2
 
 
-def test_running_out_of_memory_is_one_line_that_says_what_to_do(
+def test_running_out_of_memory_is_a_one_line_error_that_says_what_to_do(
     tmp_path, shapes_folder, capsys, monkeypatch
 ):
     def too_large(*args):
@@ -663,7 +663,7 @@ def test_running_out_of_memory_is_one_line_that_says_what_to_do(
     assert error.startswith("error: CUDA out of memory. Tried") and "Raise --accumulate" in error
 
 
-def test_more_processes_than_gpus_is_one_line(monkeypatch):
+def test_more_processes_than_gpus_are_a_one_line_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")

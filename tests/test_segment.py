@@ -392,7 +392,7 @@ def change_mask(root, function) -> None:
      "has the number 151, but the classes are 1 to 150"),
     (lambda root: (root / "annotations/training/ADE_5.png").write_bytes(b""), "cannot identify"),
 ])  # fmt: skip
-def test_masks_that_do_not_fit_are_one_line(harm, message, ade, tmp_path, capsys):
+def test_masks_that_do_not_fit_are_one_line_errors(harm, message, ade, tmp_path, capsys):
     harm(ade)
     flags = [encoder_of(tmp_path), "--mode", "segment", "--data", ade, "--device", "cpu"]
     flags += ["--batch-size", 16, "--workers", int("pixel" in message)]
@@ -407,7 +407,7 @@ def test_masks_that_do_not_fit_are_one_line(harm, message, ade, tmp_path, capsys
     (lambda mask: mask + 1, "has the number 2, but the classes are 0 to 1"),
     (lambda mask: Image.fromarray(mask.numpy()).convert("RGB"), "one number for each pixel"),
 ])  # fmt: skip
-def test_own_masks_that_do_not_fit_are_one_line(mask_of, message, tmp_path, capsys):
+def test_own_masks_that_do_not_fit_are_one_line_errors(mask_of, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         segment(encoder_of(tmp_path), data=(Squares(64, mask_of), Squares(4)))
     assert message in error_line(end.value.code, capsys.readouterr().err)
@@ -421,7 +421,7 @@ def test_own_masks_that_do_not_fit_are_one_line(mask_of, message, tmp_path, caps
     (["--data", "shapes", "--min-crop", "2"], "--min-crop must be at most 1"),
     (["--data", "voc2012", "--data-dir", "absent"], "could not download VOCSegmentation"),
 ])  # fmt: skip
-def test_mistakes_are_one_line(flags, message, tmp_path, capsys, monkeypatch):
+def test_mistakes_are_one_line_errors(flags, message, tmp_path, capsys, monkeypatch):
     def no_network(*arguments, **options):
         raise OSError("no network")
 

@@ -585,7 +585,7 @@ def test_without_mim_it_is_the_supervised_baseline_bit_for_bit(tmp_path, shapes_
     assert losses[0] == pytest.approx(math.log(10), rel=1e-5)  # the head starts at zero
 
 
-def test_the_class_branch_of_the_first_step_is_the_baseline_s(tmp_path, shapes_folder, tokenizer):
+def test_the_class_branch_of_the_first_step_equals_the_baseline(tmp_path, shapes_folder, tokenizer):
     """The masked pass changes neither the weights at the start nor the images or their mixup."""
     flags = ["--steps", "1", "--mixup", "0.5", "--randaug", "5"]
     train(METHOD, tmp_path / "mim", shapes_folder, *flags, "--tokenizer", tokenizer)
@@ -670,7 +670,7 @@ def test_a_run_without_tokens_does_not_become_one_with_tokens(tmp_path, shapes_f
 @pytest.mark.parametrize("batch, accumulate, expected", [
     (32, 1, 32), (300, 1, 256), (300, 3, 255), (600, 300, 300),
 ])  # fmt: skip
-def test_the_tokenizer_s_batch_can_be_divided(batch, accumulate, expected, tmp_path):
+def test_the_batch_of_the_tokenizer_can_be_divided(batch, accumulate, expected, tmp_path):
     flags = ["--out", tmp_path, "--batch-size", batch, "--accumulate", accumulate]
     cfg = supervised_mim.tokenizer_config(common.Run(settings(METHOD, *flags)))
     assert cfg.batch_size == expected and expected % accumulate == 0
@@ -688,7 +688,7 @@ def test_validation_and_knn_have_switches_of_their_own(every, validated, tmp_pat
     assert (tmp_path / "classifier.best.pt").exists() == bool(validated)
 
 
-def test_best_and_last(tmp_path, shapes_folder, monkeypatch):
+def test_the_best_and_the_last_classifier_are_kept(tmp_path, shapes_folder, monkeypatch):
     scores = iter([30.0, 50.0, 40.0, 50.0])
     monkeypatch.setattr(common, "knn_monitor", lambda *args: {})
     monkeypatch.setattr(common, "accuracy", lambda *args: {"top1": next(scores)})
@@ -717,7 +717,7 @@ def test_the_tokenizer_trains_in_half_precision():
     assert len(ids.unique()) > 1
 
 
-def test_compiled_it_computes_the_same(monkeypatch):
+def test_a_compiled_model_computes_the_same(monkeypatch):
     """Both passes are traced as one graph, but not compiled to C++, which takes long."""
     model, imgs = model_of(), torch.randn(4, 3, 16, 16)
     labels, ids = torch.arange(4), torch.randint(16, (4, 16))
