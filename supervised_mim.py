@@ -297,15 +297,17 @@ class VQTokenizer(nn.Module):
         self.register_buffer("usage", torch.zeros(codebook_size))
         self.register_buffer("sums", torch.zeros(codebook_size, dim))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.num_updates = 0  # equals `updates`; reading that from a GPU would make the host wait
         self.seen = []  # (vectors, ids) of each forward pass since the last update
-        self.to(memory_format=torch.channels_last)  # faster on a CPU
 
     def get_extra_state(self) -> dict:
         """What state_dict stores beside the weights; see `read_tokenizer`."""
         return self.settings
 
     def set_extra_state(self, settings: dict) -> None:
-        """Does nothing: `read_tokenizer` builds the tokenizer from the settings beforehand."""
+        """Takes no settings: `read_tokenizer` builds the tokenizer from them beforehand.
+        load_state_dict calls this method after it has loaded the buffers."""
+        self.num_updates = int(self.updates)
 
     def features(self, imgs: Tensor) -> Tensor:
         """imgs (B, C, H, W) -> z (B, L, dim), the vectors before quantisation, in fp32."""
@@ -361,7 +363,8 @@ class VQTokenizer(nn.Module):
         z = torch.cat([vectors for vectors, _ in self.seen])
         ids = torch.cat([ids for _, ids in self.seen])
         self.seen.clear()
-        count = torch.bincount(ids, minlength=len(self.usage)).float()
+        # bincount would make the host wait for a GPU, and so would a branch on `dead` below.
+        count = torch.zeros_like(self.usage).index_add_(0, ids, z.new_ones(len(z)))
         total = torch.zeros_like(self.sums).index_add_(0, ids, z)
         if dist.is_initialized():
             dist.all_reduce(count)
@@ -370,15 +373,17 @@ class VQTokenizer(nn.Module):
         self.sums.lerp_(total, 1 - self.decay)
         even = count.sum() / len(count)  # the mean number of vectors per code in this step
         dead = self.usage < 0.1 * even  # the codes that restart; in the first step nearly all
-        if dead.any():
-            rows, needed = common.gather(z).flatten(0, 1), int(dead.sum())
-            # Every process draws the same rows. If there are too few, some are drawn repeatedly.
-            generator = common.seeded("restart", int(self.updates))
-            order = torch.randperm(max(needed, len(rows)), generator=generator)[:needed]
-            self.usage[dead] = even
-            self.sums[dead] = even * rows[order.to(z.device) % len(rows)]
+        rows = common.gather(z).flatten(0, 1)
+        # Every process draws the same order of the rows. The first dead code takes the first of
+        # them, and so on. If there are too few, some are taken repeatedly.
+        generator = common.seeded("restart", self.num_updates)
+        order = torch.randperm(len(rows), generator=generator).to(z.device, non_blocking=True)
+        place = (dead.cumsum(dim=0) - 1) % len(rows)  # of a dead code's row in this order
+        self.usage.copy_(torch.where(dead, even, self.usage))
+        self.sums.copy_(torch.where(dead[:, None], even * rows[order[place]], self.sums))
         self.codebook.copy_(self.sums / self.usage[:, None])
         self.updates += 1
+        self.num_updates += 1
 
 
 def psnr(imgs: Tensor, others: Tensor) -> Tensor:
@@ -431,6 +436,14 @@ def build_tokenizer(cfg: Config) -> VQTokenizer:
     return VQTokenizer(img_size, stride, cfg.codebook_size, cfg.codebook_dim, cfg.tokenizer_width)
 
 
+def move_to(device: torch.device, tokenizer: VQTokenizer) -> VQTokenizer:
+    """Moves the tokenizer to the device, in the memory layout that is faster there. On a CPU that
+    is channels_last. On a GPU, group norm returns contiguous tensors, so that the convolution after
+    each of them would have to convert channels_last."""
+    layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
+    return tokenizer.to(device, memory_format=layout)
+
+
 OWN_TOKENIZER = Path("tokenizer", "tokenizer.pt")  # relative to the folder of a run
 
 
@@ -458,7 +471,7 @@ def get_tokenizer(run: common.Run, train, val) -> VQTokenizer:
     h, w = tokenizer.grid
     run.print(f"tokenizer {cfg.tokenizer or own_file}: {cfg.codebook_size} codes, "
               f"{h}x{w} tokens per image")  # fmt: skip
-    return tokenizer.to(run.device).eval().requires_grad_(False)
+    return move_to(run.device, tokenizer).eval().requires_grad_(False)
 
 
 def read_tokenizer(file: Path) -> VQTokenizer:
@@ -538,7 +551,7 @@ def train_tokenizer(main_run: common.Run, train, val) -> VQTokenizer:
     run = common.Run(cfg)
     if cfg.restart:
         file.unlink(missing_ok=True)  # if this training is stopped, no run may use the old file
-    tokenizer = build_tokenizer(cfg).to(run.device)
+    tokenizer = move_to(run.device, build_tokenizer(cfg))
     optimizer = common.adamw(tokenizer, cfg.weight_decay)
     loader = common.TrainLoader(run, train, common.RandomCrop(cfg.img_size, cfg.min_crop))
     examples = common.example_images(val or train, common.CentreCrop(cfg.img_size), run.device)

@@ -90,7 +90,8 @@ def make_step(name: str, args, device: torch.device):
         return adversarial_step(cfg, imgs, args.compile)
     if script is supervised_mim:
         model, labels = script.build(cfg, 1000), labels.to(device) % 1000
-        tokenizer = script.build_tokenizer(cfg).to(device).eval().requires_grad_(False)
+        tokenizer = script.move_to(device, script.build_tokenizer(cfg))
+        tokenizer.eval().requires_grad_(False)
     else:
         model = script.build(cfg)
     if name == "timm":
