@@ -225,6 +225,9 @@ def test_only_training_moves_the_codebook():
     tokenizer.update_codebook()
     assert not tokenizer.seen
     assert not torch.equal(tokenizer.codebook, before["codebook"]) and tokenizer.updates == 1
+    resumed = tokenizer_of()
+    resumed.load_state_dict(tokenizer.state_dict())
+    assert resumed.num_updates == tokenizer.num_updates == 1
 
 
 def test_psnr_and_perplexity_equal_their_formulas():
