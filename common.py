@@ -64,8 +64,8 @@ class UserError(ValueError):
 
 
 def patch_grid(img_size, patch_size: int) -> tuple[int, int]:
-    """Rows and columns of patches in an image of `img_size`, an int or (H, W). UserError if the
-    patch does not divide it."""
+    """Rows and columns of patches in an image of `img_size`, an int or (H, W). UserError if it is
+    not divisible by the patch size."""
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     if height % patch_size or width % patch_size:
         raise UserError(f"image size {height}x{width} is not divisible by patch size {patch_size}")
@@ -107,8 +107,8 @@ def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int], channels
 
 
 def num_visible(num_patches: int, mask_ratio: float) -> int:
-    """How many of L patches stay visible: int(L * (1 - mask_ratio)), as in MAE. UserError if that
-    is none of them or all."""
+    """How many of L patches stay visible: int(L * (1 - mask_ratio)), as in MAE. UserError if no
+    patch or every patch would be visible."""
     visible = int(num_patches * (1 - mask_ratio)) if 0 < mask_ratio < 1 else 0
     if not 0 < visible < num_patches:
         raise UserError(
@@ -314,7 +314,7 @@ BICUBIC = v2.InterpolationMode.BICUBIC
 
 def normalize(imgs: Tensor) -> Tensor:
     """(B, 3, H, W) in 0..255, uint8 or float -> network input, float32."""
-    # non_blocking spares a wait for the GPU; CUDA copies so small a tensor before the call returns.
+    # non_blocking does not wait for the GPU. CUDA copies so small a tensor before the call returns.
     mean, std = 255 * STATISTICS.to(imgs.device, non_blocking=True)
     return (imgs - mean).div_(std)
 
@@ -322,7 +322,7 @@ def normalize(imgs: Tensor) -> Tensor:
 def random_seed(*keys: int | str) -> int:
     """One well-mixed seed from several keys, such as ("order", seed, epoch)."""
     numbers = [zlib.crc32(key.encode()) if isinstance(key, str) else key for key in keys]
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1  # 63 bits
 
 
 def seeded(*keys: int | str) -> torch.Generator:
@@ -339,8 +339,8 @@ class RandomCrop:
         self.crop = v2.RandomResizedCrop(size, scale=(min_crop, 1.0))
 
     def __call__(self, image: Tensor, label, index: int) -> tuple:
-        box = self.crop.make_params([image])
-        return self.cut(image, *box.values()), label
+        box = self.crop.make_params([image])  # top, left, height, width
+        return self.cut(image, **box), label
 
     def cut(self, image: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
         """Cuts out this box, resizes it, and flips it with probability 1/2."""
@@ -539,7 +539,7 @@ class Run:
     def wrap(self, model: nn.Module, compile: bool = True) -> nn.Module:
         """The model to call in the loop: compiled in place if both --compile and `compile` are
         true, and wrapped in DDP if there are several processes. Each process keeps its own buffers,
-        so that the model may be called twice before a backward pass."""
+        because DDP would overwrite them at each call, and a backward pass after two calls fails."""
         if self.cfg.compile and compile:
             model.compile()  # in place, so that the names in state_dict stay clean
         if self.world == 1:
@@ -1184,6 +1184,7 @@ def resize_positions(encoder: ViT, img_size: int) -> None:
     """Lets the encoder take images of `img_size` pixels: interpolates its position embedding over
     the grid, bicubic with antialiasing, as timm does. The class token's stays as it is."""
     grid = patch_grid(img_size, encoder.patch_size)
+    encoder.settings["img_size"] = img_size
     if grid == encoder.grid:
         return
     cls, patches = encoder.pos_embed.data.split([1, encoder.num_patches], dim=1)
@@ -1192,7 +1193,6 @@ def resize_positions(encoder: ViT, img_size: int) -> None:
     positions = torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1)
     encoder.pos_embed = nn.Parameter(positions, requires_grad=False)
     encoder.grid, encoder.num_patches = grid, grid[0] * grid[1]
-    encoder.settings["img_size"] = img_size
 
 
 def save_encoder(path: Path, encoder: ViT, config: dict) -> None:

@@ -10,8 +10,8 @@ The argument is a run folder, an encoder.pt, or a flat timm or published MAE fil
 The data set and the image size are those of the encoder's training. --img-size N evaluates at
 another size, for which the position embedding is interpolated. The last line printed is, for
 example, `linear top-1 61.3 (untrained 38.2)`. eval.json beside the encoder has all scores. Its
-entries are linear, linear-protocol, knn, finetune and segment; -cls or -mean is added if that is
-not the mode's own --pool, and -Npx if the size is not the encoder's own.
+entries are linear, linear-protocol, knn, finetune and segment. If --pool is not the mode's default,
+it is added to the name: linear-mean. So is --img-size if it is not the encoder's size: knn-64px.
 
 linear     MAE's protocol: a BatchNorm without affine and a linear layer on the class token of the
            frozen encoder; LARS, base learning rate 0.1 x batch / 256, no weight decay, batch
@@ -28,30 +28,32 @@ knn        DINO's: the k nearest training images by cosine vote with weight exp(
 finetune   MAE's recipe: AdamW, layer-wise learning rate decay, drop path, RandAugment, random
            erasing, mixup, cutmix, label smoothing; a LayerNorm and a linear layer on the mean of
            the patch tokens.
-segment    A linear probe of the patch tokens, as in iBOT and DINOv2: a BatchNorm without affine and
-           a linear layer predict the class at each patch of the frozen encoder; the logits are
-           enlarged bilinearly to the image. AdamW, learning rate 0.03, no weight decay, batch 64,
-           10 epochs; crops of area (0.5, 1) and flips of image and mask together. Pixels with the
-           number 255 have no label. The score is the mIoU: TP / (TP + FP + FN) of all pixels of
-           the validation images, averaged over the classes that occur. Pixel accuracy is printed
-           beside it, and the pixel accuracy of always predicting the most frequent class.
-           segment.png shows eight validation images, their masks and the predictions.
-           --data shapes (its first 4000 training images), voc2012 (downloaded), or a folder in
-           the published layout of ADE20K: images/training/*.jpg, annotations/training/*.png (0 is
-           "no label", k is class k - 1), and the same for validation.
+segment    A linear probe of the patch tokens: a BatchNorm without affine and a linear layer predict
+           the class at each patch of the frozen encoder; the logits are enlarged bilinearly to the
+           image. AdamW, learning rate 0.03, no weight decay, batch 64, 10 epochs; crops of area
+           (0.5, 1) and flips of image and mask together. A mask has one class number per pixel;
+           255 means "no label". The score is the mIoU: TP / (TP + FP + FN) over all pixels of the
+           validation images, averaged over the classes that occur. Pixel accuracy is printed, too,
+           and that of predicting the most frequent class everywhere. segment.png shows eight
+           validation images, their masks and the predictions.
+           --data is shapes (its first 4000 training images), voc2012 (downloaded), or a folder in
+           the published layout of ADE20K: images/training/*.jpg, annotations/training/*.png (0
+           means "no label", k is class k - 1), and the same for validation.
 
 Test images: the shorter side is resized to size * 256/224, bicubic, then the centre is cropped;
 images of exactly the encoder's size stay whole. In segmentation, image and mask are resized to a
 square (bicubic, nearest).
 
-What is not taken from the papers
+Sources and our choices
     linear, finetune   He et al. 2022, appendix A, and their published settings.
     knn                Wu et al. 2018, in the form of DINO (Caron et al. 2021).
-    our choices        The cached probe; its settings for encoders narrower than ViT-B; all settings
-                       of segmentation. Random erasing's noise is clipped to the range of pixels.
-                       RandAugment "m9" is torchvision's operations at magnitude 9 of 10, two of
-                       them with probability 1/2 each as in timm, but without timm's magnitude
-                       noise, and bilinear.
+    segment            The idea is iBOT's and DINOv2's, the settings are our choice. Masks are
+                       compared at the encoder's size, so scores differ from those of others. The
+                       loss is a mean over the labelled pixels of a micro-batch.
+    our choices        The cached probe; its settings for encoders narrower than ViT-B. Random
+                       erasing's noise is clipped to the range of pixels. RandAugment "m9" is
+                       torchvision's operations at magnitude 9 of 10, two of them with probability
+                       1/2 each as in timm, but without timm's magnitude noise, and bilinear.
 """
 
 import colorsys
@@ -67,7 +69,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset, default_collate
 from torchvision import tv_tensors
 from torchvision.datasets import VOCSegmentation
 from torchvision.transforms import v2
@@ -92,17 +94,17 @@ class Config(common.TrainConfig):
     epochs: int | None = None  # [linear 90, L and H 50; finetune 100, L and H 50; segment 10]
     batch_size: int | None = None  # [linear 16384; finetune 1024; segment 64]
     accumulate: int | None = None  # micro-batches [1; linear: of at most 512 images]
-    base_lr: float | None = None  # per 256 [linear 0.1; finetune 5e-4, L and H 1e-3]
+    base_lr: float | None = None  # lr per 256 images [linear 0.1; finetune 5e-4, L and H 1e-3]
     lr: float | None = None  # the peak learning rate itself; overrides --base-lr [segment 0.03]
-    warmup_epochs: float | None = None  # at most a fifth of --epochs [linear 10; 5; segment 1]
-    weight_decay: float | None = None  # [linear 0, cached chosen; finetune 0.05; segment 0]
+    warmup_epochs: float | None = None  # at most a fifth of --epochs [10; finetune 5; segment 1]
+    weight_decay: float | None = None  # [0; cached: chosen on held-out images; finetune 0.05]
     layer_decay: float | None = None  # finetune: lr ratio of neighbour layers [0.65, L and H 0.75]
     drop_path: float | None = None  # finetune: stochastic depth [0.1, L 0.2, H 0.3]
     mixup: float = 0.8  # finetune: alpha of mixup; 0 is none
     cutmix: float = 1.0  # finetune: alpha of cutmix; 0 is none
     smoothing: float = 0.1  # finetune: label smoothing
     erasing: float = 0.25  # finetune: probability of random erasing
-    val_every: int | None = None  # validation every so many epochs and at the end [1; segment 0]
+    val_every: int | None = None  # validate every so many epochs; 0: at the end [1; segment 0]
     out: str | None = None  # where eval.json goes [beside the encoder]
 
     def check(self) -> None:
@@ -277,8 +279,17 @@ def evaluate_cached(run: common.Run, train: tuple, test: tuple, classes: int) ->
 
 def train_and_validate(run, model: nn.Module, optimizer, loader, loss_of, validate,
                        floor: float = 0.0) -> dict:
-    """Minimises loss_of(ddp, imgs, labels), `ddp` being the model to call. Every --val-every epochs
-    and at the end logs the scores that validate() returns. Returns the last ones."""
+    """Minimises loss_of(ddp, imgs, labels), where `ddp` is `model`, wrapped for several processes.
+    Every --val-every epochs, logs the scores that validate() returns for the model in eval mode.
+    Returns the scores of the last validation."""
+
+    def validate_model() -> dict:
+        common.average_statistics(model)  # of BatchNorm, over the processes
+        model.eval()
+        scores = validate()
+        model.train()
+        return scores
+
     run.start(loader, model=model, optimizer=optimizer)
     ddp, results = run.wrap(model), {}
     for _ in run.epochs():
@@ -290,9 +301,9 @@ def train_and_validate(run, model: nn.Module, optimizer, loader, loss_of, valida
                 run.backward(loss)
                 run.log(loss=loss)
             run.update(optimizer)
-        results = validate() if run.due(run.cfg.val_every) else {}
+        results = validate_model() if run.due(run.cfg.val_every) else {}
         run.end_epoch(**results)
-    return results or validate()
+    return results or validate_model()  # {} with --val-every 0, or if nothing was left to do
 
 
 def evaluate_linear(run, encoder: common.ViT, train, val) -> dict:
@@ -379,15 +390,19 @@ IGNORED = 255  # the number of a pixel without a label
 
 
 class MaskFiles(Dataset):
-    """Images and masks from two lists of files. A mask is a palette or grey image whose pixels are
-    numbers of classes. `first` is the number of class 0; the number before it means "no label"."""
+    """Images and masks from two lists of files. A mask is a palette or grey image with one class
+    number per pixel. In the files, class 0 has the number `first_class`; smaller numbers and 255
+    mean "no label"."""
 
-    def __init__(self, images: list, masks: list, num_classes: int, first: int):
-        self.images, self.masks, self.first = images, masks, first
-        self.classes = [str(first + i) for i in range(num_classes)]
+    def __init__(self, images: list, masks: list, num_classes: int, first_class: int):
+        if not images:
+            raise UserError("no images: ADE20K has images/training/*.jpg, images/validation/*.jpg")
         for path in (*images, *masks):
             if not Path(path).is_file():
-                raise UserError(f"{path} is missing: each image needs a mask, each mask an image")
+                raise UserError(f"{path} is missing: every image needs a mask with the same name, "
+                                "and every mask an image")  # fmt: skip
+        self.images, self.masks, self.first_class = images, masks, first_class
+        self.classes = [str(first_class + i) for i in range(num_classes)]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -395,10 +410,12 @@ class MaskFiles(Dataset):
     def __getitem__(self, index: int) -> tuple[Image.Image, Tensor]:
         try:
             image = common.read_image(self.images[index])
-            mask = v2.functional.pil_to_tensor(Image.open(self.masks[index])).int()
+            stored = v2.functional.pil_to_tensor(Image.open(self.masks[index])).int()
         except Exception as error:  # damaged files make decoders raise anything
-            raise UserError(f"{self.masks[index]} or its image: {error}") from error
-        return image, torch.where(mask < self.first, IGNORED, mask - self.first)
+            raise UserError(f"cannot read {self.images[index]} or {self.masks[index]}: {error}") \
+                from error
+        unlabelled = (stored < self.first_class) | (stored == IGNORED)
+        return image, (stored - self.first_class).masked_fill(unlabelled, IGNORED)
 
 
 def load_masked(name: str, split: str, size: int, data_dir: str) -> Dataset:
@@ -406,53 +423,56 @@ def load_masked(name: str, split: str, size: int, data_dir: str) -> Dataset:
     pixels; voc2012, downloaded to `data_dir`; or a folder in the layout of ADE20K."""
     if name == "shapes":
         images, _, masks = common.draw_shapes(**common.SHAPES_SPLITS[split], size=size, masks=True)
-        shapes = TensorDataset(images[:4000], masks[:4000])  # two minutes on a CPU
+        # The copies let go of the rest. 4000 images keep a probe at two minutes on a CPU.
+        shapes = TensorDataset(images[:4000].clone(), masks[:4000].clone())
         shapes.classes = ["background", *common.SHAPES]
         return shapes
     if name == "voc2012":
         voc = common.download(VOCSegmentation, data_dir, "VOCdevkit/VOC2012", image_set=split)
-        return MaskFiles(voc.images, voc.masks, num_classes=21, first=0)
+        return MaskFiles(voc.images, voc.masks, num_classes=21, first_class=0)
     part = "training" if split == "train" else "validation"
-    images, masks = (Path(name, kind, part) for kind in ("images", "annotations"))
+    images, masks = Path(name, "images", part), Path(name, "annotations", part)
     if not (images.is_dir() and masks.is_dir()):
-        raise UserError(f"--data {name} has no masks; shapes, voc2012 and folders like ADE20K's "
-                        f"have some: {images} and {masks}")  # fmt: skip
+        raise UserError(f"--data {name} has no masks: use shapes, voc2012, or a folder like ADE20K "
+                        f"with {images} and {masks}")  # fmt: skip
     names = sorted({path.stem for path in (*images.glob("*.jpg"), *masks.glob("*.png"))})
     image_files = [images / f"{name}.jpg" for name in names]
-    return MaskFiles(image_files, [masks / f"{name}.png" for name in names], 150, first=1)
+    mask_files = [masks / f"{name}.png" for name in names]
+    return MaskFiles(image_files, mask_files, num_classes=150, first_class=1)
 
 
 class MaskCrop:
-    """Changes an image and its mask together, by transforms of torchvision. UserError if the mask
-    does not fit the image or has a number beyond the classes of `images`."""
+    """Crops and flips an image and its mask together, by transforms of torchvision. UserError if
+    the mask does not fit the image or has a number beyond the classes of `images`."""
 
     def __init__(self, images: Dataset, *transforms):
-        self.images, self.change = images, v2.Compose(transforms)
+        self.images, self.transform = images, v2.Compose(transforms)
 
     def __call__(self, image: Tensor, mask, index: int) -> tuple[Tensor, Tensor]:
         name, first = f"mask {index}", 0
         if isinstance(self.images, MaskFiles):
-            name, first = self.images.masks[index], self.images.first
-        is_picture = isinstance(mask, Image.Image)
-        mask = v2.functional.pil_to_tensor(mask) if is_picture else torch.as_tensor(mask)
+            name, first = self.images.masks[index], self.images.first_class
+        if isinstance(mask, Image.Image):
+            mask = v2.functional.pil_to_tensor(mask)
+        mask = torch.as_tensor(mask)
         mask = mask[0] if mask.ndim == 3 and len(mask) == 1 else mask
         if mask.shape != image.shape[1:]:
             raise UserError(
                 f"{name} has the shape {tuple(mask.shape)}, its image {tuple(image.shape[1:])}: a "
-                "mask is a palette or grey picture with one number for each pixel of the image"
+                "mask must have one number per pixel (a palette or grey image, not RGB)"
             )
         last = len(self.images.classes) - 1
-        for number in mask.unique().tolist():
-            if not 0 <= number <= last and number != IGNORED:
-                raise UserError(f"{name} has the number {number + first}, but the classes are "
-                                f"{first} to {first + last}")  # fmt: skip
-        image, mask = self.change(tv_tensors.Image(image), tv_tensors.Mask(mask))
-        return image.as_subclass(Tensor), mask.as_subclass(Tensor).long()
+        wrong = mask[((mask < 0) | (mask > last)) & (mask != IGNORED)]
+        if len(wrong):
+            raise UserError(f"{name} has the number {int(wrong[0]) + first}, but the classes are "
+                            f"{first} to {first + last}")  # fmt: skip
+        image, mask = self.transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
+        return image.as_subclass(Tensor), mask.as_subclass(Tensor).long()  # plain, to be collated
 
 
 def confusion(pred: Tensor, target: Tensor, classes: int, ignore: int = IGNORED) -> Tensor:
-    """Counts (classes, classes) int64 of the pixels of each true class (row) that each class
-    (column) was predicted for. pred, target (B, H, W); pixels with target `ignore` do not count."""
+    """Entry (t, p) of the result (classes, classes) int64 is the number of pixels of class t that
+    are predicted as class p. pred, target (B, H, W); pixels with target `ignore` do not count."""
     labelled = target != ignore
     pairs = classes * target[labelled].long() + pred[labelled]
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
@@ -460,9 +480,9 @@ def confusion(pred: Tensor, target: Tensor, classes: int, ignore: int = IGNORED)
 
 def miou(confusion: Tensor) -> float:
     """Mean in % of TP / (TP + FP + FN) over the classes that occur in targets or predictions."""
-    hits = confusion.diagonal().double()
-    union = confusion.sum(dim=0) + confusion.sum(dim=1) - hits
-    return 100 * (hits / union)[union > 0].mean().item()
+    true_positives = confusion.diagonal().double()
+    union = confusion.sum(dim=0) + confusion.sum(dim=1) - true_positives
+    return 100 * (true_positives / union)[union > 0].mean().item()
 
 
 def evaluate_segment(run, encoder: common.ViT, train, val, picture: Path | None) -> dict:
@@ -476,46 +496,44 @@ def evaluate_segment(run, encoder: common.ViT, train, val, picture: Path | None)
     crop = v2.RandomResizedCrop(size, scale=(cfg.min_crop, 1.0), interpolation=common.BICUBIC)
     loader = common.TrainLoader(run, train, MaskCrop(train, crop, v2.RandomHorizontalFlip()))
     test_views = common.Views(val, MaskCrop(val, v2.Resize([size, size], common.BICUBIC)))
-    if cfg.data == "shapes":
-        run.print("segmentation uses the first 4000 training images of shapes")
 
-    def features(imgs: Tensor) -> Tensor:  # (B, C, H, W) -> (B, D, h, w)
-        return encoder(imgs)[:, 1:].transpose(1, 2).unflatten(2, encoder.grid)
-
-    def enlarged(logits: Tensor) -> Tensor:  # (B, classes, h, w) -> (B, classes, H, W)
-        return F.interpolate(logits, (size, size), mode="bilinear")
+    def pixel_logits(model: nn.Module, imgs: Tensor) -> Tensor:
+        """imgs (B, C, H, W) -> logits (B, classes, H, W)."""
+        tokens = encoder(imgs)[:, 1:].transpose(1, 2).unflatten(2, encoder.grid)  # (B, D, h, w)
+        return F.interpolate(model(tokens).float(), (size, size), mode="bilinear")
 
     def loss_of(ddp: nn.Module, imgs: Tensor, masks: Tensor) -> Tensor:
-        return F.cross_entropy(enlarged(ddp(features(imgs))), masks, ignore_index=IGNORED)
+        logits, num_labelled = pixel_logits(ddp, imgs), (masks != IGNORED).sum()
+        loss = F.cross_entropy(logits, masks, ignore_index=IGNORED, reduction="sum")
+        return loss / num_labelled.clamp(min=1)  # a micro-batch may have no label at all
 
     @torch.no_grad()
-    def predict(imgs: Tensor) -> Tensor:  # normalised (B, C, H, W) -> classes (B, H, W)
-        head.eval()
+    def predict(imgs: Tensor) -> Tensor:  # (B, C, H, W) -> classes (B, H, W)
         with run.autocast():
-            pred = enlarged(head(features(imgs))).argmax(dim=1)
-        head.train()
-        return pred
+            return pixel_logits(head, imgs).argmax(dim=1)
 
     def validate() -> dict:
         total = torch.zeros(classes, classes, dtype=torch.int64, device=run.device)
-        mine, each = list(range(run.rank, len(val), run.world)), loader.micro_batch
-        batches = [mine[i : i + each] for i in range(0, len(mine), each)]
+        share, batch = list(range(run.rank, len(val), run.world)), loader.micro_batch
+        batches = [share[i : i + batch] for i in range(0, len(share), batch)]
         for imgs, masks in common.data_loader(run, test_views, batches):
             pred = predict(common.normalize(imgs.to(run.device)))
             total += confusion(pred, masks.to(run.device), classes)
         total = common.gather(total).sum(dim=0)
-        pixels, most_frequent = total.sum(), total.sum(dim=1).max()
+        pixels, most_frequent = total.sum().item(), total.sum(dim=1).max().item()
+        if pixels == 0:
+            raise UserError("no pixel of the validation masks has a label")
         return {"miou": round(miou(total), 2),
-                "pixel_accuracy": round(100 * (total.trace() / pixels).item(), 2),
-                "most_frequent_class": round(100 * (most_frequent / pixels).item(), 2)}  # fmt: skip
+                "pixel_accuracy": round(100 * total.trace().item() / pixels, 2),
+                "most_frequent_class": round(100 * most_frequent / pixels, 2)}  # fmt: skip
 
     results = train_and_validate(run, head, optimizer, loader, loss_of, validate)
-    run.print(f"pixel accuracy {results['pixel_accuracy']:.1f}; with the most frequent class "
-              f"everywhere {results['most_frequent_class']:.1f}")  # fmt: skip
+    run.print("the most frequent class of the validation masks, predicted everywhere: pixel "
+              f"accuracy {results['most_frequent_class']:.1f}")  # fmt: skip
     if picture and run.rank == 0:
-        imgs, masks = (torch.stack(x).to(run.device) for x in zip(
-            *(test_views[i] for i in common.evenly_spaced(val, 8)), strict=True))  # fmt: skip
-        imgs = common.normalize(imgs)
+        imgs, masks = default_collate([test_views[i] for i in common.evenly_spaced(val, 8)])
+        imgs = common.normalize(imgs.to(run.device))
+        head.eval()
         rows = {"image": imgs, "mask": coloured(masks), "prediction": coloured(predict(imgs))}
         common.save_grid(picture, rows)
     return results
@@ -524,7 +542,9 @@ def evaluate_segment(run, encoder: common.ViT, train, val, picture: Path | None)
 def coloured(masks: Tensor) -> Tensor:
     """Classes (B, H, W) in fixed colours, as network input (B, 3, H, W): class 0 is black, a pixel
     without a label white, other classes have different hues."""
-    colours = [colorsys.hsv_to_rgb(0.618 * i % 1, 0.8, 1 - 0.2 * (i % 3)) for i in range(256)]
+    # Steps of the golden ratio give neighbouring classes distant hues.
+    hues, values = [0.618 * i % 1 for i in range(256)], [1 - 0.2 * (i % 3) for i in range(256)]
+    colours = [colorsys.hsv_to_rgb(h, 0.8, v) for h, v in zip(hues, values, strict=True)]
     colours[0], colours[IGNORED] = (0, 0, 0), (1, 1, 1)
     colours = 255 * torch.tensor(colours, device=masks.device)
     return common.normalize(colours[masks].permute(0, 3, 1, 2))
@@ -534,8 +554,9 @@ def coloured(masks: Tensor) -> Tensor:
 
 
 def fill_in(cfg: Config, width: int, num_images: int) -> dict:
-    """All settings for an encoder of this width and so many training images: those that are given,
-    the others from the mode's recipe. UserError for settings that the mode does not have."""
+    """All settings for an encoder of this width and this number of training images: those that are
+    given, and the others from the mode's recipe. UserError for settings of the full linear protocol
+    that are given for the cached probe."""
     cached = cfg.mode == "linear" and cfg.cache_features is not False
     if cfg.cache_features is None and num_images >= 200_000:
         cached = False
@@ -548,10 +569,12 @@ def fill_in(cfg: Config, width: int, num_images: int) -> dict:
     settings["cache_features"] = cached
     if cfg.base_lr is not None and cfg.lr is None:
         settings["lr"] = None
-    if cfg.mode == "segment" and cfg.batch_size is None:
-        settings["batch_size"] = min(settings["batch_size"], num_images)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if cfg.mode == "segment" and cfg.batch_size is None:  # 64, or fewer for a small data set
+        parts = processes * settings["accumulate"]
+        settings["batch_size"] = max(parts, min(64, num_images) // parts * parts)
     if cfg.mode == "linear" and not cached and cfg.accumulate is None:
-        part = max(1, settings["batch_size"] // int(os.environ.get("WORLD_SIZE", 1)))
+        part = max(1, settings["batch_size"] // processes)
         counts = range((part + 511) // 512, part + 1)
         settings["accumulate"] = next(n for n in counts if part % n == 0)
     return settings
@@ -568,6 +591,7 @@ def main(cfg: Config, data=None) -> None:
     size, own_size = cfg.img_size or shape["img_size"], shape["img_size"]
     if not isinstance(size, int):
         raise UserError(f"{path} takes images of {own_size}: --img-size N makes them square")
+    common.patch_grid(size, shape["patch_size"])  # checks the size
     trained = common.read_checkpoint(path).get("config", {})
     name, data_dir = None, cfg.data_dir or trained.get("data_dir", "data")
     common.set_up_process(cfg.device)
@@ -579,6 +603,8 @@ def main(cfg: Config, data=None) -> None:
         data = [load(name, split, size, data_dir) for split in ("train", "val")]
     train, val = data
     classes = len(common.required_classes(train, val, name))
+    if name == "shapes" and cfg.mode == "segment" and int(os.environ.get("RANK", 0)) == 0:
+        print(f"segmentation uses the first {len(train)} training images of shapes")
     settings = fill_in(cfg, shape["embed_dim"], len(train))
     settings |= {"data": name, "data_dir": data_dir}
     cached = settings["cache_features"]
@@ -599,19 +625,19 @@ def main(cfg: Config, data=None) -> None:
     run_name = f"eval-{key}-{zlib.crc32(path.read_bytes()):08x}"
 
     def measure(untrained: bool) -> dict:
-        # What a training computes does not depend on these settings, so they may differ when it is
-        # resumed.
         out = folder / (f"{run_name}-untrained" if untrained else run_name)
-        same = {"encoder": "", "baseline": False, "out": str(out)}
-        run = common.Run(Config(**settings | same))
+        # A resumed run may differ in these settings, because they do not affect what it computes.
+        neutral = {"encoder": "", "baseline": False, "out": str(out)}
+        run = common.Run(Config(**settings | neutral))
         drop_path = settings["drop_path"] if cfg.mode == "finetune" else 0.0
         if untrained:
-            encoder = common.ViT(**shape | {"img_size": size}, drop_path=drop_path)
+            encoder = common.ViT(**shape, drop_path=drop_path)
+            common.resize_positions(encoder, size)
         else:
             encoder = common.load_encoder(path, size, drop_path)
         encoder = encoder.to(run.device)
         if cfg.mode == "segment":
-            picture = None if untrained else folder / "segment.png"
+            picture = None if untrained else folder / f"{key}.png"
             return evaluate_segment(run, encoder, train, val, picture)
         if cfg.mode == "finetune":
             return evaluate_finetune(run, encoder, train, val)

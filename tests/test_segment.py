@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_state, error_line, error_of, in_processes
+from conftest import assert_same_state, error_line, error_of, in_processes, metrics
 from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
@@ -192,7 +192,7 @@ def test_segmentation_finds_a_bright_square(tmp_path, capsys):
     *_, frequent, _, last = capsys.readouterr().out.strip().splitlines()
     assert last == (f"segment mIoU {entry['miou']:.1f} (untrained {entry['untrained']['miou']:.1f})"
                     f", pixel accuracy {entry['pixel_accuracy']:.1f}")  # fmt: skip
-    assert f"everywhere {entry['most_frequent_class']:.1f}" in frequent
+    assert f"pixel accuracy {entry['most_frequent_class']:.1f}" in frequent
     resized = v2.functional.resize_mask(torch.stack([PAIR[1][i][1] for i in range(20)]), [16, 16])
     ground = (resized == 0).sum() / (resized != 255).sum()
     assert entry["most_frequent_class"] == pytest.approx(100 * ground.item(), abs=0.01)
@@ -374,6 +374,28 @@ def test_voc2012_and_ade20k_are_read_from_their_published_layouts(voc, ade, tmp_
         assert 20 < entry["miou"] < 100 and entry["pixel_accuracy"] > 75, name
 
 
+def test_numbers_without_a_label_in_ade20k(ade):
+    """0 and 255 mean "no label", and k is class k - 1."""
+    numbers = np.array([[0, 1], [150, 255]], np.uint8)
+    change_mask(ade, lambda _: Image.fromarray(numbers))
+    images = eval_linear.load_masked(str(ade), "train", 16, "data")
+    index = [path.stem for path in images.masks].index("ADE_5")
+    assert images[index][1].tolist() == [[[255, 0], [149, 255]]]
+
+
+def test_a_batch_without_labels_trains_nothing_and_a_validation_without_labels_fails(
+    tmp_path, capsys
+):
+    file, unlabelled = encoder_of(tmp_path), lambda mask: torch.full_like(mask, 255)
+    entry = segment(file, "--steps", "2", data=(Squares(16, unlabelled), Squares(4)))
+    assert 0 <= entry["miou"] <= 100
+    (folder,) = tmp_path.glob("eval-segment-*")
+    assert metrics(folder)[-1]["loss"] == 0
+    with pytest.raises(SystemExit) as end:
+        segment(file, "--restart", "--steps", "2", data=(Squares(16), Squares(4, unlabelled)))
+    assert "no pixel of the validation masks" in error_line(end.value.code, capsys.readouterr().err)
+
+
 def change_mask(root, function) -> None:
     """Applies `function` to one training mask."""
     path = root / "annotations/training/ADE_5.png"
@@ -384,10 +406,11 @@ def change_mask(root, function) -> None:
 
 @pytest.mark.parametrize("harm, message", [
     (lambda root: (root / "images/training/ADE_3.jpg").unlink(), "ADE_3.jpg is missing"),
+    (lambda root: [x.unlink() for x in root.glob("*/validation/*")], "no images: ADE20K has"),
     (lambda root: (root / "annotations/validation/ADE_33.png").unlink(), "ADE_33.png is missing"),
     (lambda root: change_mask(root, lambda x: x.resize((10, 10))),
      "has the shape (10, 10), its image"),
-    (lambda root: change_mask(root, lambda x: x.convert("RGB")), "one number for each pixel"),
+    (lambda root: change_mask(root, lambda x: x.convert("RGB")), "one number per pixel"),
     (lambda root: change_mask(root, lambda x: x.point(lambda k: 151 if k == 2 else k)),
      "has the number 151, but the classes are 1 to 150"),
     (lambda root: (root / "annotations/training/ADE_5.png").write_bytes(b""), "cannot identify"),
@@ -397,7 +420,7 @@ def test_masks_that_do_not_fit_are_one_line_errors(harm, message, ade, tmp_path,
     flags = [encoder_of(tmp_path), "--mode", "segment", "--data", ade, "--device", "cpu"]
     flags += ["--batch-size", 16, "--workers", int("pixel" in message)]
     line = error_of(capsys, eval_linear, *flags)
-    assert message in line and "ADE_" in line
+    assert message in line and "ADE" in line
 
 
 
@@ -405,7 +428,7 @@ def test_masks_that_do_not_fit_are_one_line_errors(harm, message, ade, tmp_path,
     (lambda mask: 1, "has the shape (), its image (20, 24)"),
     (lambda mask: mask[:, :10], "has the shape (20, 10), its image (20, 24)"),
     (lambda mask: mask + 1, "has the number 2, but the classes are 0 to 1"),
-    (lambda mask: Image.fromarray(mask.numpy()).convert("RGB"), "one number for each pixel"),
+    (lambda mask: Image.fromarray(mask.numpy()).convert("RGB"), "one number per pixel"),
 ])  # fmt: skip
 def test_own_masks_that_do_not_fit_are_one_line_errors(mask_of, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
@@ -414,7 +437,7 @@ def test_own_masks_that_do_not_fit_are_one_line_errors(mask_of, message, tmp_pat
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--data", "cifar10"], "--data cifar10 has no masks; shapes, voc2012 and folders like ADE20K"),
+    (["--data", "cifar10"], "cifar10 has no masks: use shapes, voc2012, or a folder like ADE20K"),
     (["--data", "absent"], "--data absent has no masks"),
     (["--data", "shapes", "--img-size", "18"], "image size 18x18 is not divisible by patch size 4"),
     (["--data", "shapes", "--pool", "mean"], "--pool"),
