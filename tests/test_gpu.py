@@ -341,9 +341,9 @@ MODES = {
 
 @simulated
 @pytest.mark.parametrize("mode", MODES)
-def test_evaluation(mode, gpu, whole, tmp_path):
+def test_evaluation(mode, gpu, whole_run, tmp_path):
     """In fp32, the scores are those of the CPU. In bf16, the host waits for nothing in a step."""
-    folder = whole("mae")
+    folder = whole_run("mae")
     expected = evaluate(mode, folder, tmp_path / "cpu", "--device", "cpu")
     flags = ["--device", "cuda", "--precision", "fp32"]
     with gpu(shared_numbers=True):
@@ -441,6 +441,6 @@ def test_a_run_on_a_gpu_resumes(method, shapes_folder, tmp_path):
 
 @real
 @pytest.mark.parametrize("mode", MODES)
-def test_evaluation_on_a_gpu(mode, whole, tmp_path):
-    entry = evaluate(mode, whole("mae"), tmp_path)
+def test_evaluation_on_a_gpu(mode, whole_run, tmp_path):
+    entry = evaluate(mode, whole_run("mae"), tmp_path)
     assert 0 <= entry["miou" if mode == "segment" else "top1"] <= 100
