@@ -5,17 +5,18 @@ The method changes MAE (arXiv 2111.06377) in three ways. A small decoder makes t
 of the work. The encoder gets two tasks of its own: a contrastive loss brings two views of an image
 together, and a head predicts the positions of tokens. ContrastiveCrop (Peng et al., CVPR 2022)
 crops both views around the main object; we look for it where the encoder's tokens differ most from
-their mean. An encoder that gets all positions as input only has to copy them. So a random half of
-the visible patches of view 1 has no position embedding, and only their positions are predicted.
+their mean. If the input contained all positions, the encoder could just copy them. So a random half
+of the visible patches of view 1 has no position embedding, and only their positions are predicted.
 
 Usage
     python cmae.py                                        # demo: 3 minutes on two CPU cores
     python cmae.py --crop random --contrastive-weight 0 --position-weight 0 --decoder-depth 4 \\
-        --out runs/cmae-off                               # all three off: this is MAE
+        --out runs/cmae-off                               # all three off: MAE, small decoder
     python cmae.py --preset cifar                         # CIFAR-10, downloaded to data/
     python cmae.py --preset tiny-imagenet --data tiny-imagenet-200                 # one GPU
     torchrun --nproc-per-node 8 cmae.py --preset tiny-imagenet --data tiny-imagenet-200
-    python eval_linear.py runs/cmae-demo --baseline       # probe, also of an untrained encoder
+    python eval_linear.py runs/cmae-tiny-imagenet --mode finetune --batch-size 64 --base-lr 1e-3 \\
+        --layer-decay 0.75 --mixup 0 --cutmix 0           # as in the authors' later code
 
 Equations and functions. Views 1 and 2 of an image have the same masked patches; L patches, tau 0.2.
     L_rec    = MAE's loss on view 1 + MAE's loss on view 2                    CMAE.forward
@@ -31,7 +32,7 @@ Equations and functions. Views 1 and 2 of an image have the same masked patches;
                the token of patch l from the mean token of its image          saliency
     box      = the rows and columns where heat exceeds 0.1 of its maximum     boxes_from_heatmaps
     crop     = a RandomResizedCrop with its centre drawn from the box        sample_contrastive_crop
-Boxes are computed after about every fifth of the epochs. Until the first ones, crops are random.
+New boxes come after each fifth of the epochs (at least one epoch). Before, crops are random.
 
 Names in metrics.jsonl
     loss, recon                      L and L_rec, which is the sum over the views
@@ -65,8 +66,7 @@ Deviations
                  SDMAE's head has no GELU, so that its two linear layers amount to one.
     momentum     SDMAE has a momentum copy of the heads only, with m 0.999 and tau 1. Here keys lag
                  behind in the encoder, too, and the contrast is sharper.
-    batch        BatchNorm and negatives use the images of all processes, but with --accumulate only
-                 those of one micro-batch.
+    batch        With --accumulate, BatchNorm and negatives use the images of one micro-batch only.
 """
 
 import copy
@@ -94,7 +94,7 @@ class Config(common.Config):
     contrastive_weight: float = 0.1  # weight of the contrastive loss; if it is 0, there is one view
     position_weight: float | None = None  # weight of the position loss [0.1 for ce, 1 for mse]
     position_loss: Literal["ce", "mse"] = "ce"  # mse: squared error to one-hot positions (SDMAE)
-    position_input: Literal["withheld", "given"] = "withheld"  # given: the input has the answer
+    position_input: Literal["withheld", "given"] = "withheld"  # given: none is left out
     tau: float = 0.2  # temperature of the contrastive loss
     momentum: float = 0.99  # momentum of the momentum encoder in the first step; it rises to 1
     head_hidden: int = 4096  # hidden width of the projector and the predictor
@@ -352,8 +352,8 @@ def sample_contrastive_crop(height: int, width: int, box: Tensor, scale=(0.2, 1.
     """Draws a ContrastiveCrop (top, left, h, w) in pixels, from an image of height x width pixels.
 
     Height and width of the crop are those of a RandomResizedCrop. `box` (4,) is h_min, w_min,
-    h_max, w_max as shares of the image. Along each axis, the centre of the crop lies at a share of
-    the way from one edge of the box to the other that is drawn from Beta(alpha, alpha); see
+    h_max, w_max as shares of the image. Along each axis, a share is drawn from Beta(alpha, alpha),
+    and the centre of the crop lies at this share of the way between the two edges of the box. See
     `crop_start` for crops that would leave the image."""
     _, _, h, w = v2.RandomResizedCrop.get_params(torch.empty(1, height, width), scale, ratio)
     h_min, w_min, h_max, w_max = box.tolist()
@@ -367,9 +367,9 @@ def sample_contrastive_crop(height: int, width: int, box: Tensor, scale=(0.2, 1.
 def crop_start(side: int, length: int, low: float, high: float, share: float) -> int:
     """The first row (or column) of a crop of `length` pixels from an image of `side` pixels.
 
-    The edges of the box are `low` and `high`, as shares of the side. Two crops have their centre on
-    an edge; if necessary, they are moved into the image. The result lies at the given `share` of
-    the way between the first rows of these two crops."""
+    The edges of the box are `low` and `high`, as shares of the side. Consider the two crops whose
+    centres lie on these edges; if necessary, they are moved into the image. The result lies at the
+    given `share` of the way between the first rows of these two crops."""
     room = side - length
     first = min(max(int(side * low) - length // 2, 0), room)
     last = min(max(int(side * high) - length // 2, 0), room)
