@@ -391,7 +391,10 @@ class Views(Dataset):
         classes = getattr(self.images, "classes", [])
         if classes and isinstance(label, int) and not -1 <= label < len(classes):
             raise UserError(f"image {index} has label {label}, of {len(classes)} classes")
-        return self.augment(rgb_tensor(image), label, index)
+        *views, label = self.augment(rgb_tensor(image), label, index)
+        if not isinstance(label, int | np.integer | Tensor):
+            raise UserError(f"image {index} has a label of {type(label)}; it must be an int")
+        return *views, label
 
 
 class TrainLoader:
@@ -750,7 +753,7 @@ class Config(TrainConfig):
     size: Literal["tiny", "small", "base", "large", "huge"] = "tiny"  # of the ViT
     depth: int | None = None  # encoder blocks, if not those of --size; fewer is faster
     mask_ratio: float = 0.75  # share of masked patches
-    init_from: str | None = None  # start from an encoder.pt, checkpoint.pt, timm or MAE file
+    init_from: str | None = None  # start from a run, encoder.pt, checkpoint.pt, timm or MAE file
     knn_every: int = 0  # kNN accuracy every so many epochs and at the end; 0 is never
     recon_every: int = 10  # reconstruction picture every so many epochs and at the end
 
@@ -950,6 +953,8 @@ def download(kind: type, data_dir: str, folder: str | None = None, **part) -> Da
 def load_folder(root: Path, split: str) -> Dataset | None:
     """A split of the images in a folder; see `load_dataset`. UserError if there are none."""
     train, folder = root / "train", root / ("val" if split == "val" else "train")
+    if (root / "images").is_dir() and (root / "annotations").is_dir():
+        raise UserError(f"{root} has masks in annotations/: use {root / 'images' / 'training'}")
     if not train.is_dir():
         return None if split == "val" else ImageFiles(root, classes=[])
     if not folder.is_dir():
@@ -1205,7 +1210,12 @@ def init_from(path, model: nn.Module) -> set[str]:
     """Loads every module (.encoder, .decoder, ...) that both the file and the model have. UserError
     unless all weights of such a module fit. Prints a line that names the model's modules that the
     file lacks, and returns their names."""
-    weights, missing = load_weights(path)[0], set()
+    path = Path(path, "encoder.pt") if Path(path).is_dir() else path
+    weights, vit = load_weights(path)
+    for name, value in model.encoder.settings.items():
+        if vit.get(name, value) != value:
+            raise UserError(f"--init-from {path}: its encoder has {name} {vit[name]}, not {value}")
+    missing = set()
     for name, module in model.named_children():
         if found := weights_of(name, weights):
             load_strictly(module, found, f"{path}: its {name}")
@@ -1286,7 +1296,7 @@ def open_folder(run: Run) -> None:
     run.identity |= {name: value for name, value in settings.items() if name not in cfg.may_change}
     run.identity |= {
         "script": run.script, "precision": run.precision, "number of images": len(images),
-        "checksum of class names": zlib.crc32(os.fsencode(classes)),
+        "classes": f"checksum {zlib.crc32(os.fsencode(classes)):08x}" if classes else "none",
         "processes x accumulate": run.world * cfg.accumulate,
     }  # fmt: skip
     if run.rank == 0:
@@ -1332,6 +1342,9 @@ def resume(run: Run, saved: dict, file: Path) -> None:
         changes = ", ".join(f"{name} was {old.get(name)}, now {run.identity[name]}"
                             for name in differ)  # fmt: skip
         raise UserError(f"{file} is of another run: {changes}; use another --out or --restart")
+    data = saved["config"].get("data")
+    if data != run.cfg.data:
+        run.print(f"note: --data was {data}, now {run.cfg.data}; it must hold the same images")
     for name, target in (run.state | {"scaler": run.scaler}).items():
         load_strictly(target, saved.get(name), file)
     run.step, run.counts = saved["step"], saved["counts"]
@@ -1349,11 +1362,12 @@ def announce(run: Run) -> None:
     rest = len(loader.images) % cfg.batch_size
     rest = f" ({rest} images left over)" if rest else ""
     rule = f" = {cfg.base_lr:g} x {cfg.batch_size} / 256" if cfg.lr is None else ""
+    data = cfg.data or "your Dataset"
     run.print(
         f"{run.script} · {count:.2f} M parameters · {device} · {run.precision} · "
         f"torch {torch.__version__} · git {git_hash()}\n"
-        f"  data    {cfg.data or 'given'}: {len(loader.images)} images, {loader.steps} steps an "
-        f"epoch{rest}, {run.total} steps in {cfg.epochs} epochs\n"
+        f"  data    {data}: {len(loader.images)} images, {loader.steps} steps an epoch{rest}, "
+        f"{run.total} steps in {cfg.epochs} epochs\n"
         f"  batch   {cfg.batch_size} = {run.world} processes x {cfg.accumulate} accumulated x "
         f"{loader.micro_batch}\n"
         f"  lr      {run.peak_lr:.3g}{rule}; {run.warmup:g} steps of warm-up\n"

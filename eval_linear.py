@@ -9,9 +9,11 @@
 The argument is a run folder, an encoder.pt, or a flat timm or published MAE file (with --data).
 The data set and the image size are those of the encoder's training. --img-size N evaluates at
 another size, for which the position embedding is interpolated. The last line printed is, for
-example, `linear top-1 61.3 (untrained 38.2)`. eval.json beside the encoder has all scores. Its
-entries are linear, linear-protocol, knn, finetune and segment. If --pool is not the mode's default,
-it is added to the name: linear-mean. So is --img-size if it is not the encoder's size: knn-64px.
+example, `linear top-1 61.3 (untrained 38.2)`. eval.json beside the encoder has the latest scores.
+Its entries are linear, linear-protocol, knn, finetune and segment. If --pool is not the mode's
+default, it is added to the name: linear-mean. So is --img-size if it is not the encoder's size:
+knn-64px. eval_linear.main(eval_linear.Config(encoder=...), (train, val)) evaluates on your own
+Datasets; with mode="segment" they return (image, mask), classes are counted from 0.
 
 linear     MAE's protocol: a BatchNorm without affine and a linear layer on the class token of the
            frozen encoder; LARS, base learning rate 0.1 x batch / 256, no weight decay, batch
@@ -33,12 +35,12 @@ segment    A linear probe of the patch tokens: a BatchNorm without affine and a 
            image. AdamW, learning rate 0.03, no weight decay, batch 64, 10 epochs; crops of area
            (0.5, 1) and flips of image and mask together. A mask has one class number per pixel;
            255 means "no label". The score is the mIoU: TP / (TP + FP + FN) over all pixels of the
-           validation images, averaged over the classes that occur. Pixel accuracy is printed, too,
-           and that of predicting the most frequent class everywhere. segment.png shows eight
-           validation images, their masks and the predictions.
+           validation images, averaged over the classes that occur in the masks or in the
+           predictions. Pixel accuracy is printed, too, and that of predicting the most frequent
+           class everywhere. segment.png shows eight images, their masks and the predictions.
            --data is shapes (its first 4000 training images), voc2012 (downloaded), or a folder in
            the published layout of ADE20K: images/training/*.jpg, annotations/training/*.png (0
-           means "no label", k is class k - 1), and the same for validation.
+           means "no label", k is class k - 1 of 150), and the same for validation.
 
 Test images: the shorter side is resized to size * 256/224, bicubic, then the centre is cropped;
 images of exactly the encoder's size stay whole. In segmentation, image and mask are resized to a
@@ -65,6 +67,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -553,6 +556,19 @@ def coloured(masks: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------ the script
 
 
+def data_checksum(images: Dataset, start: int) -> int:
+    """CRC-32 of 16 images and their labels, going on from the CRC-32 `start`."""
+
+    def with_checksum(image: Tensor, label, index: int) -> tuple[Tensor, int]:
+        return image, zlib.crc32(np.asarray(label).tobytes())
+
+    views = common.Views(images, with_checksum)
+    for i in common.evenly_spaced(images, 16):
+        image, label = views[i]
+        start = zlib.crc32(image.numpy().tobytes() + label.to_bytes(4, "little"), start)
+    return start
+
+
 def fill_in(cfg: Config, width: int, num_images: int) -> dict:
     """All settings for an encoder of this width and this number of training images: those that are
     given, and the others from the mode's recipe. UserError for settings of the full linear protocol
@@ -598,7 +614,8 @@ def main(cfg: Config, data=None) -> None:
     if data is None:
         name = cfg.data or trained.get("data")
         if name is None:
-            raise UserError(f"{path} does not say what it was trained on: --data is needed")
+            raise UserError(f"{path} does not say what it was trained on: --data is needed, or "
+                            "Datasets as eval_linear.main(config, (train, val))")  # fmt: skip
         load = load_masked if cfg.mode == "segment" else common.load_dataset
         data = [load(name, split, size, data_dir) for split in ("train", "val")]
     train, val = data
@@ -621,8 +638,9 @@ def main(cfg: Config, data=None) -> None:
         entries = {} | (json.loads(file.read_text()) if file.exists() else {})
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{file} cannot be read or written: {error}") from error
-    # A training is resumed only with the same encoder weights.
-    run_name = f"eval-{key}-{zlib.crc32(path.read_bytes()):08x}"
+    # A training is resumed only with the same encoder weights and the same data.
+    checksum = data_checksum(val, data_checksum(train, zlib.crc32(path.read_bytes())))
+    run_name = f"eval-{key}-{checksum:08x}"
 
     def measure(untrained: bool) -> dict:
         out = folder / (f"{run_name}-untrained" if untrained else run_name)

@@ -466,6 +466,22 @@ def test_a_training_is_resumed_whoever_asks_for_it(mode, encoder_file, capsys):
     assert "resumed after" not in capsys.readouterr().out
 
 
+def test_a_training_on_other_images_of_the_same_number_is_not_resumed(encoder_file, capsys):
+    """A head of other images, of which some may be the validation images, has a wrong score."""
+    data = OwnImages(64), OwnImages(16)
+    evaluate(encoder_file, "linear", "--steps", "5", data=data)
+    evaluate(encoder_file, "linear", "--steps", "5", data=data)
+    assert capsys.readouterr().out.count("resumed after step 5") == 1
+
+    class Swapped(OwnImages):
+        def __getitem__(self, index: int):
+            return super().__getitem__(index + 1)
+
+    for other in ((Swapped(64), data[1]), (data[0], Swapped(16))):
+        evaluate(encoder_file, "linear", "--steps", "5", data=other)
+        assert "resumed after" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("mode", ["linear", "knn"])
 def test_features_that_are_not_finite_have_no_score(mode, encoder_file, capsys):
     content = torch.load(encoder_file, weights_only=True)
