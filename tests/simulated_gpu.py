@@ -75,6 +75,13 @@ class GPUTensor(Tensor):
         """torch.save stores an ordinary tensor, which torch.load(map_location="cpu") gives."""
         return self.detach().cpu().__reduce_ex__(protocol)
 
+    # PyTorch would copy a list to the GPU below the level at which we see operations.
+    def __getitem__(self, index):
+        return super().__getitem__(lists_as_tensors(index))
+
+    def __setitem__(self, index, value):
+        super().__setitem__(lists_as_tensors(index), value)
+
     def tolist(self):
         return self.cpu().tolist()
 
@@ -88,6 +95,12 @@ class GPUTensor(Tensor):
 
     def __repr__(self):
         return f"GPUTensor({self.inner})"
+
+
+def lists_as_tensors(index):
+    if isinstance(index, tuple):
+        return tuple(lists_as_tensors(x) for x in index)
+    return torch.tensor(index) if isinstance(index, list) else index
 
 
 def apply(function, x):
@@ -223,11 +236,14 @@ class SimulatedGPU(TorchDispatchMode):
     def plugged_in(self):
         """Meanwhile, the process has this GPU. To be used within `registered`."""
 
-        def tensor(data, *args, device=None, **kwargs):  # the original cannot make ours
-            x = original(data, *args, **kwargs)
-            return x if device is None else x.to(device)
+        def in_two_steps(original):  # which cannot make a GPUTensor
+            def tensor(data, *args, device=None, **kwargs):
+                x = original(data, *args, **kwargs)
+                return x if device is None else x.to(device)
 
-        original, types = torch.tensor, torch.utils._foreach_utils._foreach_supported_types
+            return tensor
+
+        types = torch.utils._foreach_utils._foreach_supported_types
         answers = dict(
             is_available=True, device_count=1, current_device=0, set_device=None, synchronize=None,
             get_device_name="simulated GPU", is_bf16_supported=True, _lazy_init=None,
@@ -239,7 +255,8 @@ class SimulatedGPU(TorchDispatchMode):
                 replace(stack, torch.cuda, name, lambda *_, answer=answer, **__: answer)
             replace(stack, torch.cuda, "manual_seed_all", self.seed)
             replace(stack, torch, "autocast", Autocast)
-            replace(stack, torch, "tensor", tensor)
+            replace(stack, torch, "tensor", in_two_steps(torch.tensor))
+            replace(stack, torch, "as_tensor", in_two_steps(torch.as_tensor))
             replace(stack, pinning, "pin_memory", lambda data, *_: data)
             replace(stack, torch.utils._foreach_utils, "_foreach_supported_types",
                     [*types, GPUTensor])  # fmt: skip

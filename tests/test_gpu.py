@@ -153,6 +153,8 @@ def waiting() -> dict:
         "tensor of a list": lambda: torch.tensor([1.0, 2.0], device="cuda"),
         "index by a mask": lambda: x[x > 0],
         "index by a tensor of the CPU": lambda: x[y.long()],
+        "index by a list": lambda: x[[1, 0]],
+        "assignment to a list": lambda: x.__setitem__([1, 0], 2.0),
         "assignment of a tensor to a mask": lambda: x.index_put_([x > 0], x + 1),
         "nonzero": lambda: x.nonzero(),
         "masked_select": lambda: x.masked_select(x > 0),
