@@ -24,20 +24,20 @@ linear     MAE's protocol: a BatchNorm without affine and a linear layer on the 
            augmentation, and fits a logistic regression to them: seconds instead of hours. Its
            accuracy is not comparable with the protocol's. Its L2 penalty is --weight-decay; by
            default it is chosen on a held-out tenth of the training images.
-knn        DINO's: the k nearest training images by cosine vote with weight exp(cosine / 0.07);
-           k = 20 is printed. eval.json also has other k and the share of images whose nearest
-           neighbour is of their class (1-NN retrieval).
+knn        As in DINO, the k training images of highest cosine similarity vote, each with weight
+           exp(cosine / 0.07). The printed score has k = 20. eval.json also has other k, and the
+           share of images whose nearest neighbour is of their class (1-NN retrieval).
 finetune   MAE's recipe: AdamW, layer-wise learning rate decay, drop path, RandAugment, random
            erasing, mixup, cutmix, label smoothing; a LayerNorm and a linear layer on the mean of
            the patch tokens.
-segment    A linear probe of the patch tokens: a BatchNorm without affine and a linear layer predict
-           the class at each patch of the frozen encoder; the logits are enlarged bilinearly to the
-           image. AdamW, learning rate 0.03, no weight decay, batch 64, 10 epochs; crops of area
-           (0.5, 1) and flips of image and mask together. A mask has one class number per pixel;
-           255 means "no label". The score is the mIoU: TP / (TP + FP + FN) over all pixels of the
-           validation images, averaged over the classes that occur in the masks or in the
-           predictions. Pixel accuracy is printed, too, and that of predicting the most frequent
-           class everywhere. segment.png shows eight images, their masks and the predictions.
+segment    The encoder is frozen. A BatchNorm without affine and a linear layer map each patch token
+           to class logits, which are enlarged bilinearly to the size of the image. AdamW, learning
+           rate 0.03, no weight decay, batch 64, 10 epochs; crops of area (0.5, 1) and flips of
+           image and mask together. A mask has one class number per pixel; 255 means "no label". The
+           score is the mIoU: TP / (TP + FP + FN) over all pixels of the validation images, averaged
+           over the classes that occur in the masks or in the predictions. Pixel accuracy is
+           printed, too, and that of predicting the most frequent class everywhere. segment.png
+           (segment-64px.png at another size) shows eight images, their masks and the predictions.
            --data is shapes (its first 4000 training images), voc2012 (downloaded), or a folder in
            the published layout of ADE20K: images/training/*.jpg, annotations/training/*.png (0
            means "no label", k is class k - 1 of 150), and the same for validation.
@@ -94,9 +94,9 @@ class Config(common.TrainConfig):
     data: str | None = None  # as in pre-training, with labels [the encoder's]
     data_dir: str | None = None  # where downloaded sets live [the encoder's]
     min_crop: float | None = None  # smallest area of a random crop [0.08; segment 0.5]
-    epochs: int | None = None  # [linear 90, L and H 50; finetune 100, L and H 50; segment 10]
-    batch_size: int | None = None  # [linear 16384; finetune 1024; segment 64]
-    accumulate: int | None = None  # micro-batches [1; linear: of at most 512 images]
+    epochs: int | None = None  # of training [linear 90, L, H 50; finetune 100, L, H 50; segment 10]
+    batch_size: int | None = None  # images per step [linear 16384; finetune 1024; segment 64]
+    accumulate: int | None = None  # micro-batches per step [1; linear: so many that each is <= 512]
     base_lr: float | None = None  # lr per 256 images [linear 0.1; finetune 5e-4, L and H 1e-3]
     lr: float | None = None  # the peak learning rate itself; overrides --base-lr [segment 0.03]
     warmup_epochs: float | None = None  # at most a fifth of --epochs [10; finetune 5; segment 1]
@@ -398,8 +398,6 @@ class MaskFiles(Dataset):
     mean "no label"."""
 
     def __init__(self, images: list, masks: list, num_classes: int, first_class: int):
-        if not images:
-            raise UserError("no images: ADE20K has images/training/*.jpg, images/validation/*.jpg")
         for path in (*images, *masks):
             if not Path(path).is_file():
                 raise UserError(f"{path} is missing: every image needs a mask with the same name, "
@@ -426,7 +424,7 @@ def load_masked(name: str, split: str, size: int, data_dir: str) -> Dataset:
     pixels; voc2012, downloaded to `data_dir`; or a folder in the layout of ADE20K."""
     if name == "shapes":
         images, _, masks = common.draw_shapes(**common.SHAPES_SPLITS[split], size=size, masks=True)
-        # The copies let go of the rest. 4000 images keep a probe at two minutes on a CPU.
+        # 4000 images keep a probe at two minutes on a CPU; clone() frees the memory of the others.
         shapes = TensorDataset(images[:4000].clone(), masks[:4000].clone())
         shapes.classes = ["background", *common.SHAPES]
         return shapes
@@ -438,15 +436,17 @@ def load_masked(name: str, split: str, size: int, data_dir: str) -> Dataset:
     if not (images.is_dir() and masks.is_dir()):
         raise UserError(f"--data {name} has no masks: use shapes, voc2012, or a folder like ADE20K "
                         f"with {images} and {masks}")  # fmt: skip
-    names = sorted({path.stem for path in (*images.glob("*.jpg"), *masks.glob("*.png"))})
-    image_files = [images / f"{name}.jpg" for name in names]
-    mask_files = [masks / f"{name}.png" for name in names]
+    stems = sorted({path.stem for path in (*images.glob("*.jpg"), *masks.glob("*.png"))})
+    if not stems:
+        raise UserError(f"no images {images}/*.jpg and no masks {masks}/*.png")
+    image_files = [images / f"{stem}.jpg" for stem in stems]
+    mask_files = [masks / f"{stem}.png" for stem in stems]
     return MaskFiles(image_files, mask_files, num_classes=150, first_class=1)
 
 
 class MaskCrop:
-    """Crops and flips an image and its mask together, by transforms of torchvision. UserError if
-    the mask does not fit the image or has a number beyond the classes of `images`."""
+    """Applies transforms of torchvision to an image and its mask together. UserError if the mask
+    does not fit the image or has a number beyond the classes of `images`."""
 
     def __init__(self, images: Dataset, *transforms):
         self.images, self.transform = images, v2.Compose(transforms)
@@ -489,8 +489,9 @@ def miou(confusion: Tensor) -> float:
 
 
 def evaluate_segment(run, encoder: common.ViT, train, val, picture: Path | None) -> dict:
-    """A linear layer predicts the classes of a patch's pixels from its token; the encoder is
-    frozen. Draws eight validation images into the file `picture`."""
+    """The segmentation probe: the frozen encoder's patch tokens, a BatchNorm, a linear layer to
+    class logits, enlarged to pixels. Draws eight validation images into the file `picture`. Returns
+    miou, pixel_accuracy and most_frequent_class, in %."""
     cfg, size, classes = run.cfg, encoder.settings["img_size"], len(train.classes)
     encoder.eval().requires_grad_(False)
     norm = nn.BatchNorm2d(encoder.embed_dim, affine=False, eps=1e-6)
@@ -506,8 +507,9 @@ def evaluate_segment(run, encoder: common.ViT, train, val, picture: Path | None)
         return F.interpolate(model(tokens).float(), (size, size), mode="bilinear")
 
     def loss_of(ddp: nn.Module, imgs: Tensor, masks: Tensor) -> Tensor:
-        logits, num_labelled = pixel_logits(ddp, imgs), (masks != IGNORED).sum()
+        logits = pixel_logits(ddp, imgs)
         loss = F.cross_entropy(logits, masks, ignore_index=IGNORED, reduction="sum")
+        num_labelled = (masks != IGNORED).sum()
         return loss / num_labelled.clamp(min=1)  # a micro-batch may have no label at all
 
     @torch.no_grad()
@@ -517,7 +519,8 @@ def evaluate_segment(run, encoder: common.ViT, train, val, picture: Path | None)
 
     def validate() -> dict:
         total = torch.zeros(classes, classes, dtype=torch.int64, device=run.device)
-        share, batch = list(range(run.rank, len(val), run.world)), loader.micro_batch
+        share = list(range(run.rank, len(val), run.world))
+        batch = loader.micro_batch
         batches = [share[i : i + batch] for i in range(0, len(share), batch)]
         for imgs, masks in common.data_loader(run, test_views, batches):
             pred = predict(common.normalize(imgs.to(run.device)))

@@ -3,14 +3,14 @@
 MAE (arXiv 2111.06377) hides 75 % of the patches of an image. MixedAE fills those places with the
 patches of three other images: four images become one mixture, the encoder sees every patch of the
 mixture, and the decoder reconstructs all four images. According to the paper, mixing alone makes
-MAE worse. It raises the mutual information between input and target: a patch of another image
-reveals more about the target than an empty place does. MixedAE therefore adds a second task,
-homologous recognition: every patch has to find the other patches of its own image. The task enters
-in two places. In homologous attention, a patch attends only to the K patches that are most similar
-to it. The homologous contrastive loss pulls the encoded patches of the same image together. A
-segment embedding, which is added to each token, marks the image that the patch comes from. There is
-no second view and no other network. After pre-training all of this is dropped, and the encoder is
-an ordinary ViT.
+MAE worse, because it makes reconstruction too easy: patches of other images reveal more about the
+target than empty places do (the mutual information is higher). MixedAE therefore adds a second
+task, homologous recognition: every patch has to find the other patches of its own image. The task
+enters in two places. In homologous attention, a patch attends only to the class token and to the
+quarter of the patches that is most similar to it. The homologous contrastive loss pulls the encoded
+patches of the same image together. A segment embedding, added to each patch token, marks the image
+that the patch comes from. There is no other network. After pre-training, the encoder is
+used as an ordinary ViT, without segments and homologous attention.
 
 Usage
     python mixed_ae.py                                    # demo: 2 minutes on two CPU cores
@@ -22,15 +22,16 @@ Usage
     python eval_linear.py runs/mixed_ae-demo --pool mean  # linear probe on the mean patch token
 
 Equations and functions. G images form a group (G = 1 / (1 - mask ratio) = 4), an image has L
-patches, and K = L / G. Index i is an image of the group, l a place in the image.
+patches, K = L / G. i is an image of the group, l a place, z(l) the encoder's output at place l.
     s(l)         the image that place l of the mixture is taken from: a random
                  assignment that gives every image exactly K places           random_mixing
     x_mix(l)     = x_s(l)(l); the patch stays at its place                    mix
     tokens(l)    = embed(x_mix(l)) + position(l) + segment(s(l))              MixedAE.encode
     attention    of a patch: softmax over the class token and the K patches
                  whose keys k have the largest product q k with its query q   homologous_attention
-    unmix_i(l)   = encoded token l where s(l) = i, else the mask token        unmix
-    L_recon      = MAE's loss on the patches of image i with s(l) != i        MixedAE.forward
+    pred_i       = decoder(class token, unmix_i); unmix_i(l) is z(l), with    MixedAE.decode,
+                   decoder width, where s(l) = i, else the mask token         unmix
+    L_recon      = MAE's loss of pred_i on the patches with s(l) != i         MixedAE.forward
     L_homo       = mean_l of -1/|P(l)| sum_{a in P(l)} log p(a | l), where    homologous_
                  P(l) are the other patches of the same image, and p is       contrastive_loss
                  softmax(cos(z_l, z_b) / tau) over all other patches b
@@ -38,8 +39,8 @@ patches, and K = L / G. Index i is an image of the group, l a place in the image
 
 Names in metrics.jsonl
     loss, recon, homo             L, L_recon and L_homo (homo is logged even if it is switched off)
-    topk_accuracy                 share of the K patches of largest q k that come from the query's
-                                  own image, in the last block; 1 / G by chance
+    topk_accuracy                 share of the K patches of largest q k in the last block that come
+                                  from the query's own image; 1 / G by chance
     homo_content, topk_content    homo and topk_accuracy without segment embeddings, on 240
                                   validation images (training images if there are none) in fixed
                                   mixtures; homo is log(L - 1) if all tokens are equal
@@ -55,9 +56,8 @@ What is not taken from the paper
     from memory, unverified    tau 0.25; loss weight 0.1; homologous attention in all blocks but
                                the first; segment embeddings added at the input
     inferred                   groups of four with one mixture each. Only this fits the paper's 3 %
-                               of extra training time: groups of two would cost 46 %, and four
-                               mixtures of each group 137 %. A summary of the paper names two
-                               modes, compose and full; we take this one to be compose
+                               of extra time: groups of two would cost 46 %, four mixtures of each
+                               group 137 %. A summary's mode "compose" is probably this one
     from MAE                   architecture, initialisation, reconstruction loss, recipe
     our choice                 the class token attends to all tokens, and all tokens attend to it;
                                no projector before the contrastive loss; segments start with
@@ -65,8 +65,8 @@ What is not taken from the paper
                                the measures without segments; the presets "demo" and "cifar"
 
 Deviations. Patches are mixed before they are embedded, which gives the same tokens for 1 / G of the
-work. Groups are formed within a micro-batch, whose size must therefore be a multiple of G. The
-contrastive loss is computed without autocast: in fp32 on a CPU, with TF32 products on a GPU.
+work. Groups are formed within a micro-batch, whose size must be a multiple of G. The contrastive
+loss has no autocast. The paper's 3 % of extra training time has not been measured on a GPU.
 """
 
 import math
@@ -138,12 +138,13 @@ def group_size_of(ratio: float, encoder: common.ViT) -> int:
     size = max(2, round(1 / ratio))
     if abs(size * ratio - 1) > 0.002:  # --mask-ratio 0.667 is close enough to 2/3
         raise common.UserError(
-            f"--mask-ratio {1 - ratio:g} does not fit: G mixed images mask 1 - 1/G of each image, "
-            f"so --mask-ratio {1 - 1 / size:.3g} (G = {size}) would be possible"
+            f"--mask-ratio {1 - ratio:g} does not fit: G images in a mixture mask 1 - 1/G of each; "
+            f"the nearest possible value is --mask-ratio {1 - 1 / size:.3g} (G = {size})"
         )
     h, w = encoder.grid
     if h * w % size or h * w < 2 * size:
-        sides = range(1, 2 * (h + size))  # of a square grid, in patches
+        # Sides of a square grid, in patches. Multiples of `size` fit, so the nearest is in range.
+        sides = range(1, 2 * (h + size))
         possible = [n for n in sides if n * n % size == 0 and n * n >= 2 * size]
         nearest = min(possible, key=lambda n: abs(n - h))
         raise common.UserError(
@@ -180,7 +181,7 @@ def own_patches(source: Tensor, group_size: int) -> Tensor:
     """The patches that each image gives to its mixture: source (groups, L) -> (groups*G, L) bool,
     True where source(l) is the number of the image in its group."""
     images = torch.arange(group_size, device=source.device)
-    return (source[:, None] == images[:, None]).flatten(0, 1)
+    return (source[:, None, :] == images[None, :, None]).flatten(0, 1)
 
 
 def unmix(mixed: Tensor, source: Tensor, mask_token: Tensor, group_size: int) -> Tensor:
@@ -226,7 +227,7 @@ def topk_accuracy(q: Tensor, k: Tensor, source: Tensor, topk: int) -> Tensor:
     q, k (B, heads, 1+L, d), source (B, L) -> scalar, the mean over heads and patch queries. A patch
     can be among its own `topk`, and then counts as a hit. By chance the share is 1 / G."""
     keep = topk_mask(q, k, topk)[:, :, 1:, 1:] == 0
-    homologous = source[:, None, :, None] == source[:, None, None]
+    homologous = source[:, None, :, None] == source[:, None, None, :]
     return (keep & homologous).sum() / keep.sum()
 
 
@@ -241,7 +242,7 @@ def homologous_contrastive_loss(z: Tensor, source: Tensor, tau: float) -> Tensor
         logits = z @ z.transpose(1, 2) / tau
     itself = torch.eye(z.shape[1], dtype=torch.bool, device=z.device)
     log_p = logits - logits.masked_fill(itself, -torch.inf).logsumexp(dim=2, keepdim=True)
-    positive = (source[:, :, None] == source[:, None]) & ~itself
+    positive = (source[:, :, None] == source[:, None, :]) & ~itself
     return -((log_p * positive).sum(dim=2) / positive.sum(dim=2)).mean()
 
 
@@ -297,21 +298,20 @@ class MixedAE(nn.Module):
         x = vit.embed_patches(mix(common.patchify(imgs, vit.patch_size), source))
         if segments and self.segment is not None:
             x = x + F.pad(self.segment(source), (0, 0, 1, 0))  # the class token gets none
-        queries_and_keys = []  # of each block
+        last = {}  # queries and keys; each block overwrites them, and those of the last one remain
 
         def attend_to_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            queries_and_keys.append((q.detach(), k.detach()))
+            last.update(queries=q.detach(), keys=k.detach())
             return F.scaled_dot_product_attention(q, k, v)
 
         def attend_to_similar(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            queries_and_keys.append((q.detach(), k.detach()))
+            last.update(queries=q.detach(), keys=k.detach())
             return homologous_attention(q, k, v, self.topk)
 
         for i, block in enumerate(vit.blocks):
             homologous = self.homologous_attention and i >= self.plain_blocks
             x = block(x, attend_to_similar if homologous else attend_to_all)
-        q, k = queries_and_keys[-1]
-        return vit.norm(x), topk_accuracy(q, k, source, self.topk)
+        return vit.norm(x), topk_accuracy(last["queries"], last["keys"], source, self.topk)
 
     def decode(self, tokens: Tensor, source: Tensor) -> Tensor:
         """Predicts every patch of every image: tokens (groups, 1+L, D), source (groups, L) ->
@@ -341,7 +341,9 @@ class MixedAE(nn.Module):
         target = common.patchify(imgs, self.encoder.patch_size)
         recon = common.masked_mse(pred, target, ~own_patches(source, self.group_size))
         homo = homologous_contrastive_loss(tokens[:, 1:], source, self.tau)
-        loss = recon + self.homo_weight * homo if self.homo_weight else recon
+        loss = recon
+        if self.homo_weight:  # with weight 0, an infinite homo would still give nan
+            loss = loss + self.homo_weight * homo
         return loss, dict(recon=recon.detach(), homo=homo.detach(), topk_accuracy=accuracy)
 
 

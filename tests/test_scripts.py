@@ -522,9 +522,10 @@ MISTAKES = {
         (["--img-size", "8"], "2x2 = 4 patches cannot be shared by 4 images: the number of patches "
                               "must be a multiple of 4 and at least 8; the nearest is "
                               "--img-size 16"),
-        (["--mask-ratio", "0.7"], "--mask-ratio 0.7 does not fit: G mixed images mask 1 - 1/G of "
-                                  "each image, so --mask-ratio 0.667 (G = 3) would be possible"),
-        (["--mask-ratio", "0.1"], "so --mask-ratio 0.5 (G = 2) would be possible"),
+        (["--mask-ratio", "0.7"], "--mask-ratio 0.7 does not fit: G images in a mixture mask "
+                                  "1 - 1/G of each; the nearest possible value is --mask-ratio "
+                                  "0.667 (G = 3)"),
+        (["--mask-ratio", "0.1"], "the nearest possible value is --mask-ratio 0.5 (G = 2)"),
         (["--batch-size", "30"], "--batch-size 30 is not divisible by 1 processes x --accumulate 1 "
                                  "x groups of 4; the nearest is 32"),
         (["--batch-size", "34", "--accumulate", "3"], "groups of 4; the nearest is 36"),

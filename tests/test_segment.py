@@ -406,7 +406,7 @@ def change_mask(root, function) -> None:
 
 @pytest.mark.parametrize("harm, message", [
     (lambda root: (root / "images/training/ADE_3.jpg").unlink(), "ADE_3.jpg is missing"),
-    (lambda root: [x.unlink() for x in root.glob("*/validation/*")], "no images: ADE20K has"),
+    (lambda root: [x.unlink() for x in root.glob("*/validation/*")], "no images "),
     (lambda root: (root / "annotations/validation/ADE_33.png").unlink(), "ADE_33.png is missing"),
     (lambda root: change_mask(root, lambda x: x.resize((10, 10))),
      "has the shape (10, 10), its image"),
