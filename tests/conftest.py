@@ -29,7 +29,11 @@ import cmae  # noqa: E402
 import common  # noqa: E402
 import mae_perceptual  # noqa: E402
 import mixed_ae  # noqa: E402
+import simulated_gpu  # noqa: E402
 import supervised_mim  # noqa: E402
+
+if simulated_gpu.AVAILABLE and not torch.cuda.is_available():
+    simulated_gpu.add_device()  # before any test has made a backward pass
 
 
 def pytest_configure(config):

@@ -367,13 +367,18 @@ class Backend:
     get_amp_supported_dtype = lambda self: [torch.bfloat16, torch.float16]  # noqa: E731
 
 
-@contextlib.contextmanager
-def registered():
-    """Meanwhile, PyTorch knows the device. Its name stays known to the end of the process, which
-    changes nothing for tensors on the CPU."""
+def add_device() -> None:
+    """Makes the device known to PyTorch until the process ends, which changes nothing for tensors
+    on the CPU. Call this before the first backward pass, which makes a queue for each device."""
     if not hasattr(torch, "sim"):
         register("sim", backend_module=Backend())
         torch._C._ensureCUDADeviceGuardSet()  # so that code may ask about the device cuda:0
+
+
+@contextlib.contextmanager
+def registered():
+    """Meanwhile, the device follows CUDA's rules for autocast and attention."""
+    add_device()
     others, library = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
     others.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     lists = (HALF, lambda _: torch.get_autocast_dtype("sim")), (FP32, lambda _: torch.float32)

@@ -724,6 +724,15 @@ def commands_in(text: str) -> list[list[str]]:
     return [shlex.split(line) for line in lines]
 
 
+def test_the_readmes_example_runs(tmp_path, monkeypatch, capsys):
+    """A custom Dataset, pre-training and an evaluation, as a user copies them."""
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {})
+    assert "knn top-1" in capsys.readouterr().out.splitlines()[-1]
+    assert (tmp_path / "runs" / "mine" / "encoder.pt").exists()
+
+
 @pytest.mark.parametrize("file", ["README.md", *(f"{name}.py" for name in SCRIPTS)])
 def test_every_command_that_we_show_is_accepted(file, tmp_path, monkeypatch):
     commands = commands_in((ROOT / file).read_text())
