@@ -25,11 +25,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # with models this small, two threads mostly wait for each other
 
+import simulated_gpu  # noqa: E402
+
 import cmae  # noqa: E402
 import common  # noqa: E402
 import mae_perceptual  # noqa: E402
 import mixed_ae  # noqa: E402
-import simulated_gpu  # noqa: E402
 import supervised_mim  # noqa: E402
 
 if simulated_gpu.AVAILABLE and not torch.cuda.is_available():
