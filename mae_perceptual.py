@@ -27,7 +27,8 @@ Usage
     python eval_linear.py runs/mae_perceptual-demo --baseline   # linear probe
 
 Equations and functions. x is the image, and y is the reconstruction of all its patches, visible
-ones too. Both are normalised. D is the discriminator, f_j a feature map of its frozen copy.
+ones too. Both are normalised. D is the discriminator, f_j a feature map of its frozen copy. Weights
+are those of "imagenet"; "demo" and "cifar" have others, see PRESETS.
     L_MAE   = mean over masked patches of (y - x)^2, x normalised per patch      common.masked_mse
     L_pix   = mean |y - x|                                                       pixel_loss
     L_feat  = sum_j mean |f_j(y) - f_j(x)|                                       feature_loss
@@ -36,7 +37,7 @@ ones too. Both are normalised. D is the discriminator, f_j a feature map of its 
     L_G     = L_pix + 0.05 L_feat + 40 L_style + 0.7 L_adv                       Adversary.losses
     L_D     = (D(x) - 1)^2 / 2 + D(y)^2 / 2                                      ls_d_loss
               or in msg-ada softplus(-D(x)) + softplus(D(y))                     logistic_d_loss
-    R1      = |dD(x)/dx|^2; every 16th step adds 16 * 10/2 R1 to L_D             r1_penalty
+    R1      = |dD(x)/dx|^2; every 16th step adds 16 * gamma/2 R1, gamma 10       r1_penalty
     path    = (|J'n| - its running mean)^2; every 4th step adds 4 * 2 path to L_G  PathLength
               (J is the derivative of y by the decoder's input, n normal noise / side of y)
     p       = probability of each augmentation; it rises if mean sign D(x) is    AdaptiveAugment
@@ -47,7 +48,7 @@ ones too. Both are normalised. D is the discriminator, f_j a feature map of its 
 Names in metrics.jsonl
     loss                      what the generator minimises, without path
     pix, feat, style, adv     the terms of L_G before their weights; ssim is L_ssim
-    d_loss, r1, path          L_D without R1; R1 and path before their weights, where they are added
+    d_loss, r1, path          L_D without R1; R1, path without weights, mean over steps with them
     real_score, fake_score    the means of D(x) and D(y)
     d_acc_real, d_acc_fake    shares of x and y whose score is on the right side of 1/2 (msg-ada: 0)
     g_norm, d_norm            gradient norms of the two; grad_norm if there is no discriminator
@@ -73,13 +74,12 @@ What is not taken from the paper
 Deviations and their consequences
     "demo" and "cifar" change L_pix, features and weights; the comment at PRESETS gives the reasons.
     Without --lr-decay, the discriminator has warm-up and cosine, too, or it would win in the end.
-    BatchNorm (ls) and minibatch std (msg, msg-ada) see one micro-batch: it needs 4 images or more.
+    BatchNorm (ls) and minibatch std (msg, msg-ada) see one micro-batch: it should have 4 images.
     Both players step at the same time, so that a step takes one forward pass of the generator.
-    R1 is taken after augmentation, because grid_sample has no second derivative. Its factors 1/2
-      and 16 make it 8 times the authors' at equal gamma (Karras et al.: 0.0002 side^2 / batch).
+    R1 is taken on augmented images. The authors leave out 1/2 and 16, so ours is 8 times theirs.
     lr and betas are not corrected for lazy penalties: lr is 17/16 (L_D), 5/4 (L_G) of StyleGAN2's.
     path covers neither the smaller images nor the skips, so these are not regularised.
-    L_ssim compares RGB images, the authors' code normalised ones, for which C1, C2 are not made.
+    L_ssim is of RGB images. The authors' are normalised, but C1 and C2 are made for values in 0..1.
     Mended defects of the released code: perceptual losses without gradient, L1 counted twice,
       least squares of mean scores, a copy not frozen, one fromRGB for two scales, unused blocks.
 """
@@ -112,7 +112,7 @@ class Config(common.Config):
     feature_weight: float = 0.05  # weight of L_feat in the generator's loss
     style_weight: float = 40.0  # weight of L_style
     adv_weight: float = 0.7  # weight of L_adv; lower it if grad_adv stays above 2
-    normalize_features: bool = False  # divide features by the size (rms) of the real image's maps
+    normalize_features: bool = False  # divide features by the rms of the real images' maps
     scale_weight: float = 0.0  # msg, msg-ada: weight of each smaller image in L_pix
     r1_gamma: float = 10.0  # msg-ada: weight of R1 in L_D; lower it if d_acc_* stay below 0.55
     path_weight: float = 2.0  # msg-ada: weight of the path length penalty in L_G
