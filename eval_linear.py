@@ -94,9 +94,9 @@ class Config(common.TrainConfig):
     data: str | None = None  # as in pre-training, with labels [the encoder's]
     data_dir: str | None = None  # where downloaded sets live [the encoder's]
     min_crop: float | None = None  # smallest area of a random crop [0.08; segment 0.5]
-    epochs: int | None = None  # of training [linear 90, L, H 50; finetune 100, L, H 50; segment 10]
+    epochs: int | None = None  # how many [linear 90, L, H 50; finetune 100, L, H 50; segment 10]
     batch_size: int | None = None  # images per step [linear 16384; finetune 1024; segment 64]
-    accumulate: int | None = None  # micro-batches per step [1; linear: so many that each is <= 512]
+    accumulate: int | None = None  # micro-batches per step [1; linear: until each is <= 512 images]
     base_lr: float | None = None  # lr per 256 images [linear 0.1; finetune 5e-4, L and H 1e-3]
     lr: float | None = None  # the peak learning rate itself; overrides --base-lr [segment 0.03]
     warmup_epochs: float | None = None  # at most a fifth of --epochs [10; finetune 5; segment 1]
@@ -413,8 +413,8 @@ class MaskFiles(Dataset):
             image = common.read_image(self.images[index])
             stored = v2.functional.pil_to_tensor(Image.open(self.masks[index])).int()
         except Exception as error:  # damaged files make decoders raise anything
-            raise UserError(f"cannot read {self.images[index]} or {self.masks[index]}: {error}") \
-                from error
+            files = f"{self.images[index]} or {self.masks[index]}"
+            raise UserError(f"cannot read {files}: {error}") from error
         unlabelled = (stored < self.first_class) | (stored == IGNORED)
         return image, (stored - self.first_class).masked_fill(unlabelled, IGNORED)
 

@@ -48,7 +48,7 @@ are those of "imagenet"; "demo" and "cifar" have others, see PRESETS.
 Names in metrics.jsonl
     loss                      what the generator minimises, without path
     pix, feat, style, adv     the terms of L_G before their weights; ssim is L_ssim
-    d_loss, r1, path          L_D without R1; R1, path without weights, mean over steps with them
+    d_loss, r1, path          L_D without R1; R1 and path without weights, means over their steps
     real_score, fake_score    the means of D(x) and D(y)
     d_acc_real, d_acc_fake    shares of x and y whose score is on the right side of 1/2 (msg-ada: 0)
     g_norm, d_norm            gradient norms of the two; grad_norm if there is no discriminator
@@ -74,9 +74,9 @@ What is not taken from the paper
 Deviations and their consequences
     "demo" and "cifar" change L_pix, features and weights; the comment at PRESETS gives the reasons.
     Without --lr-decay, the discriminator has warm-up and cosine, too, or it would win in the end.
-    BatchNorm (ls) and minibatch std (msg, msg-ada) see one micro-batch: it should have 4 images.
+    BatchNorm (ls) and minibatch std (msg, msg-ada) use one micro-batch, of at least 4 images.
     Both players step at the same time, so that a step takes one forward pass of the generator.
-    R1 is taken on augmented images. The authors leave out 1/2 and 16, so ours is 8 times theirs.
+    R1 is taken on augmented images. The authors leave out 1/2 and 16, so R1 counts 8 times more.
     lr and betas are not corrected for lazy penalties: lr is 17/16 (L_D), 5/4 (L_G) of StyleGAN2's.
     path covers neither the smaller images nor the skips, so these are not regularised.
     L_ssim is of RGB images. The authors' are normalised, but C1 and C2 are made for values in 0..1.

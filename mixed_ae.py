@@ -29,8 +29,8 @@ patches, K = L / G. i is an image of the group, l a place, z(l) the encoder's ou
     tokens(l)    = embed(x_mix(l)) + position(l) + segment(s(l))              MixedAE.encode
     attention    of a patch: softmax over the class token and the K patches
                  whose keys k have the largest product q k with its query q   homologous_attention
-    pred_i       = decoder(class token, unmix_i); unmix_i(l) is z(l), with    MixedAE.decode,
-                   decoder width, where s(l) = i, else the mask token         unmix
+    unmix_i(l)   = z(l), in the decoder's width, if s(l) = i; else mask token unmix
+    pred_i       = decoder(class token of the mixture, unmix_i)               MixedAE.decode
     L_recon      = MAE's loss of pred_i on the patches with s(l) != i         MixedAE.forward
     L_homo       = mean_l of -1/|P(l)| sum_{a in P(l)} log p(a | l), where    homologous_
                  P(l) are the other patches of the same image, and p is       contrastive_loss
@@ -57,7 +57,7 @@ What is not taken from the paper
                                the first; segment embeddings added at the input
     inferred                   groups of four with one mixture each. Only this fits the paper's 3 %
                                of extra time: groups of two would cost 46 %, four mixtures of each
-                               group 137 %. A summary's mode "compose" is probably this one
+                               group 137 %. We think that a summary calls this mode "compose"
     from MAE                   architecture, initialisation, reconstruction loss, recipe
     our choice                 the class token attends to all tokens, and all tokens attend to it;
                                no projector before the contrastive loss; segments start with

@@ -26,13 +26,14 @@ them (by default one a core). Each number is the images/s of five seconds, start
 included, or of one epoch if that is shorter.
 
 --arithmetic runs the steps on a simulated GPU whose tensors have shapes and no values. It counts
-    GFLOP an image     in matrix products, convolutions and attention, forward and backward: two
+    GFLOP per image    in matrix products, convolutions and attention, forward and backward: two
                        FLOPs for each multiply-add; what attention computes twice in its backward
                        pass to save memory is counted once
     ratio              to MAE, and for Supervised MIM to the supervised baseline
     GiB                the largest amount of live tensors (bf16 autocast, AdamW's states included);
                        CUDA's own workspaces come on top, and a resuming run holds its checkpoint
-    operators          a step; a GPU that is faster than its host waits for about 8 us for each
+    operators          calls of PyTorch's operators per step; each takes the host about 8 us, so
+                       that a fast GPU waits for the host if there are many small ones
 For msg-ada, GFLOP and operators are the mean over its cycle of 16 steps, and GiB is that of the
 largest step, which has both penalties. It takes one or two minutes.
 """
@@ -163,10 +164,10 @@ def adversarial_step(cfg: mae_perceptual.Config, imgs: torch.Tensor, compile: bo
 
     def step(number: int) -> None:
         with autocast(imgs.device):
-            g_loss, d_loss, _ = adversary.losses(*players, imgs, number)
+            g_loss, d_loss, stats = adversary.losses(*players, imgs, number)
         d_loss.backward(inputs=parameters[1], retain_graph=True)
         g_loss.backward(inputs=parameters[0])
-        del g_loss, d_loss, _
+        del g_loss, d_loss, stats  # frees the graph before the optimisers' steps
         adversary.end_step(len(imgs))
         for optimizer in optimizers:
             optimizer.step()
@@ -297,7 +298,7 @@ class CountingGPU(simulated_gpu.SimulatedGPU):
 
 
 def count(name: str, args) -> dict:
-    """GFLOP an image, GiB and operators of a training step of the method."""
+    """GFLOP per image, GiB and operators of a training step of the method."""
     with simulated_gpu.registered(), CountingGPU().plugged_in() as gpu:
         step = make_step(name, args, torch.device("cuda", 0))
         step(1)  # creates the optimisers' states
@@ -331,8 +332,9 @@ def arithmetic(args) -> None:
         if args.json:
             print(json.dumps(row), flush=True)
         else:
-            print(f"{name:14s} {row['gflop']:8.2f} GFLOP an image {row['ratio']:6.2f} x {group:10s}"
-                  f" {row['peak_gib']:6.1f} GiB {row['operators']:6d} operators", flush=True)
+            print(f"{name:14s} {row['gflop']:8.2f} GFLOP per image {row['ratio']:6.2f} x "
+                  f"{group:10s} {row['peak_gib']:6.1f} GiB {row['operators']:6d} operators",
+                  flush=True)  # fmt: skip
 
 
 def main() -> None:

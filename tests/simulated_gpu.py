@@ -31,6 +31,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.library import Library, fallthrough_kernel
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -379,15 +380,16 @@ def add_device() -> None:
 def registered():
     """Meanwhile, the device follows CUDA's rules for autocast and attention."""
     add_device()
-    others, library = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
-    others.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    # Operations of CUDA's lists are cast before they run; all others run as they are.
+    unlisted, listed = Library("_", "IMPL"), Library("aten", "IMPL")
+    unlisted.fallback(fallthrough_kernel, "AutocastPrivateUse1")
     lists = (HALF, lambda _: torch.get_autocast_dtype("sim")), (FP32, lambda _: torch.float32)
     for names, choose in (*lists, (WIDEST, widest)):
         for name in names.split():
-            library.impl(name, under_autocast(name, choose), "AutocastPrivateUse1")
-    library.impl("scaled_dot_product_attention", attention, "AutogradPrivateUse1")
+            listed.impl(name, under_autocast(name, choose), "AutocastPrivateUse1")
+    listed.impl("scaled_dot_product_attention", attention, "AutogradPrivateUse1")
     try:
         yield
     finally:
-        library._destroy()
-        others._destroy()
+        listed._destroy()
+        unlisted._destroy()

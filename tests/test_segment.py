@@ -305,6 +305,25 @@ def test_every_mode_evaluates_at_another_size(mode, key, tmp_path, shapes_folder
     assert list(entries) == [key] and "untrained" in entries[key]
 
 
+def test_an_evaluation_at_another_size_resizes_encoder_and_images(tmp_path, shapes_folder):
+    """The score equals that of features which are computed here at this size."""
+    file = encoder_of(tmp_path, data=str(shapes_folder))
+    arguments = [str(file), "--mode", "knn", "--img-size", "24", "--workers", "0"]
+    cfg = common.parse(eval_linear.Config, {}, [*arguments, "--device", "cpu"])
+    eval_linear.main(cfg)
+    vit, crop, sets = common.load_encoder(file, 24).eval(), common.CentreCrop(24), []
+    for split in ("train", "val"):
+        images = common.load_dataset(str(shapes_folder), split, 24)
+        views = common.Views(images, crop)
+        imgs, labels = zip(*(views[i] for i in range(len(views))), strict=True)
+        with torch.no_grad():
+            features = vit(common.normalize(torch.stack(imgs)))[:, 0]
+        sets.append((features, torch.tensor(labels)))
+    expected = eval_linear.evaluate_knn(*sets, len(images.classes))
+    entry = json.loads((tmp_path / "eval.json").read_text())["knn-24px"]
+    assert expected.items() <= entry.items()
+
+
 # ------------------------------------------------------------------------------ data sets
 
 
