@@ -729,9 +729,9 @@ class TrainConfig:
     restart: bool = False  # ignore the checkpoint in the run folder and start over
     workers: int | None = None  # processes that load images [GPU: one a core, up to 16; CPU: 0]
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU if there is one
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU, else fp32
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # [GPU: bf16, or fp16; CPU: fp32]
     compile: bool = False  # torch.compile: a slow first step, then faster; for long runs on a GPU
-    seed: int = 0  # of everything random
+    seed: int = 0  # of all random numbers
 
     def check(self) -> None:
         """Raise UserError for values that cannot work."""
@@ -749,7 +749,7 @@ class Config(TrainConfig):
     may_change = (*TrainConfig.may_change, "init_from", "knn_every", "recon_every")
 
     img_size: int = 32  # side of the training crops in pixels; a multiple of the patch size
-    patch_size: int = 4  # side of a patch in pixels: 16 at 224 px, 4 at 32 px
+    patch_size: int = 4  # side of a patch in pixels; smaller patches cost more
     size: Literal["tiny", "small", "base", "large", "huge"] = "tiny"  # of the ViT
     depth: int | None = None  # encoder blocks, if not those of --size; fewer is faster
     mask_ratio: float = 0.75  # share of masked patches

@@ -1,20 +1,19 @@
 """Supervised MIM (Chen, Salz, Chang, Sohn, Krishnan and Seyedhosseini, 2023, arXiv 2312.00950).
 
-A ViT learns to classify images. Masked image modelling (MIM) is added as a second task: in every
-step, the same encoder also sees the images with half of their patches masked, and a shallow decoder
-predicts the tokens of the masked patches. A token is the index of a code of a frozen VQ tokenizer.
-In contrast to MAE (arXiv 2111.06377), the method needs labels, and its targets are tokens instead
-of pixels. After training the decoder is dropped: inference costs the same as without MIM. The paper
-reports 81.72 % top-1 for ViT-B/14 on ImageNet-1K, and 79.71 % without MIM.
+A ViT learns to classify images. Masked image modelling (MIM) is a second task: in every step, the
+same encoder also sees the images with half of their patches masked, and a shallow decoder predicts
+the tokens of the masked ones. A token is the index of a code of a frozen VQ tokenizer. Unlike MAE,
+the method needs labels and predicts tokens instead of pixels. After training the decoder is dropped
+and costs nothing. The paper reports 81.72 % for ViT-B/14 on ImageNet-1K, 79.71 % without MIM.
 
 Usage
     python supervised_mim.py                                      # demo: 3 minutes on two CPU cores
     python supervised_mim.py --mim-weight 0 --out runs/baseline   # the supervised baseline
     python supervised_mim.py --target pixels --out runs/pixels    # MAE's pixels instead of tokens
     python supervised_mim.py --preset cifar                       # CIFAR-10, downloaded to data/
-    python supervised_mim.py --preset imagenet --data /data/imagenet --accumulate 16     # one GPU
-    torchrun --nproc-per-node 8 supervised_mim.py --preset imagenet --data /data/imagenet
-    torchrun --nproc-per-node 8 supervised_mim.py --preset imagenet --data /data/imagenet \\
+    python supervised_mim.py --preset imagenet --data imagenet --accumulate 16     # a GPU of 80 GB
+    torchrun --nproc-per-node 8 supervised_mim.py --preset imagenet --data imagenet --accumulate 2
+    torchrun --nproc-per-node 8 supervised_mim.py --preset imagenet --data imagenet \\
         --epochs 90 --batch-size 1024 --warmup-epochs 8 --out runs/90        # the shorter recipe
     python supervised_mim.py --preset imagenet --data /data/birds --out runs/birds --epochs 50 \\
         --batch-size 512 --lr 1e-4 --init-from runs/supervised_mim-imagenet/encoder.pt \\
@@ -26,18 +25,19 @@ keeps a finished tokenizer; --train-tokenizer --restart trains a new one and not
 --tokenizer FILE uses a finished one, which must have one token per patch and --codebook-size codes.
 A resumed run needs FILE again, because its checkpoint stores only the tokenizer's checksum.
 
-Fine-tuning. For the best result, use MIM here, too, according to a summary of the paper.
---init-from loads the encoder from an encoder.pt of any of our scripts. From a checkpoint.pt of this
-script it also loads head and decoder: classes, --codebook-size and --decoder-depth must match.
+Fine-tuning with MIM is best, according to a summary of the paper. --init-from takes the encoder
+from the encoder.pt of any script here. From this script's checkpoint.pt it also takes head and
+decoder: then --target, --decoder-depth, --codebook-size and the number of classes must match.
 
 Equations and functions. x is an image, cropped and flipped; x' is x after RandAugment and mixup.
+The codes are e_k, G is the tokenizer's decoder, sg stops gradients.
     z(l)     = output of the tokenizer's encoder for x at patch l              VQTokenizer.features
-    t(l)     = argmin over the codes e of |z(l) - e|^2, the token of patch l   VQTokenizer.quantize
-    L_vq     = mean |x - decoder(z + sg(e - z))| + 0.25 mean |z - sg(e)|^2;    VQTokenizer.forward
-               e is the code t(l), decoder is the tokenizer's, sg stops gradients
-    e        = m / n; n and m are moving averages (decay 0.99) of the number   VQTokenizer.
-               and the sum of the z whose nearest code is e. If n is below a     update_codebook
-               tenth of the mean number of z per code, e becomes a random z
+    t(l)     = argmin over k of |z(l) - e_k|^2, the token of patch l           VQTokenizer.quantize
+    L_vq     = mean |x - G(z + sg(e - z))| + 0.25 mean (z - sg(e))^2 over      VQTokenizer.forward
+               all pixels and all components of z; e(l) is the code of t(l)
+    e_k      = m_k / n_k: moving averages (decay 0.99) of the sum and number   VQTokenizer.
+               of the z(l) with t(l) = k. If n_k is below a tenth of this        update_codebook
+               step's mean number of z per code, e_k becomes a random z
     L_class  = CE(head(class token of encoder(x')), labels mixed like x');     SupervisedMIM.forward
                with --pool mean, the mean of the patch tokens is classified
     L_token  = mean over the masked patches l of CE(prediction(l), t(l)) with  mim_token_loss
@@ -49,20 +49,20 @@ Names in metrics.jsonl
     top1                            training accuracy (%); mixed images count as their larger part
     token_acc                       share of the masked patches whose token is predicted correctly
     val_top1, best_top1             accuracy (%) on all validation images, and the best so far
-    knn, retrieval_1nn              the same by 20-NN and 1-NN of the class token, on 1000 of them
-    in the folder tokenizer/        loss is L_vq, recon and commitment are its two means; psnr (dB),
-                                    perplexity and codes_used (a share) are of 1000 images
+    knn, retrieval_1nn              accuracy (%) of 20-NN and 1-NN of the class token, 1000 images
+    in the folder tokenizer/        loss is L_vq; recon and commitment are the two means in it; psnr
+                                    (dB), perplexity and codes_used (a share) are of 1000 images
 
 What is not taken from the paper
     a summary of the paper    class loss on the whole image, MIM loss on the masked one; tokens of a
                               VQGAN; one decoder block; --pool cls and mean; fine-tuning with MIM
-    inferred                  1024 codes, dimension 256, 16 x 16 tokens, as in MaskGIT and MAGE by
-                              two of the authors, because ViT-B/14 has 16 x 16 patches at 224 px
+    inferred                  1024 codes of dimension 256, as in MaskGIT and MAGE, which share
+                              authors with this paper; 16 x 16 tokens, one for each patch
     from other papers         AugReg: the recipe of "imagenet"; VQ-VAE: commitment, moving averages;
                               MaskGIT: label smoothing; MAE: encoder, masking, decoder, pixels
     our choice                mask ratio 0.5; loss weight 1; the decoder's width; x, not x', in the
-                              MIM loss; a head that starts at zero; how the tokenizer is built and
-                              trained; the fine-tuning recipe; the presets "demo" and "cifar"
+                              MIM loss; a head that starts at zero; the tokenizer's layers and
+                              training; fine-tuning's recipe; the presets "demo" and "cifar"
 
 Deviations. Without VQGAN's adversarial and perceptual losses, our tokens are probably weaker
 targets. Mixup draws one mixing ratio per micro-batch, so that results depend on processes x
@@ -104,7 +104,7 @@ class Config(common.Config):
     train_tokenizer: bool = False  # train only the tokenizer, then stop
     tokenizer_epochs: int = 20  # length of the tokenizer's training
     tokenizer_lr: float = 1e-3  # the tokenizer's peak learning rate; its batch is at most about 256
-    tokenizer_width: int = 64  # the tokenizer's channels at full resolution; lower ones have more
+    tokenizer_width: int = 64  # tokenizer: channels at full resolution, up to 4 times as many below
     codebook_size: int = 1024  # number of codes; it must match that of --tokenizer FILE
     codebook_dim: int = 256  # dimension of a code
     val_every: int = 1  # validation top-1 every so many epochs and at the end; 0 is never
@@ -142,7 +142,8 @@ PRESETS = {
     ),
     "imagenet": dict(  # AugReg's recipe (Steiner et al. 2021) for training from scratch
         data=None, img_size=224, patch_size=14, size="base", mask_ratio=0.5, min_crop=0.05,
-        epochs=300, batch_size=4096, lr=1e-3, warmup_epochs=10_000 / 312,  # 10 000 steps
+        epochs=300, batch_size=4096, lr=1e-3,
+        warmup_epochs=10_000 / 312,  # 10 000 steps; an epoch has 312
         clip_grad=1.0, weight_decay=0.1,  # torch multiplies it by lr: 1e-4, as in big_vision
         mixup=0.5, randaug=15, mim_weight=1.0, decoder_depth=1,
         codebook_size=1024, codebook_dim=256, val_every=5, knn_every=5,
@@ -200,8 +201,9 @@ class SupervisedMIM(nn.Module):
         class_loss and top1 (%); with a decoder also token_loss and token_acc, or pixel_loss.
 
         imgs (B, C, H, W) are classified. labels are (B,), or (B, classes) if images were mixed.
-        `clean` (B, C, H, W) are the images that are masked, by default imgs. token_ids (B, L) are
-        the tokens of `clean`; they are needed with target="tokens"."""
+        `clean` (B, C, H, W) are the same images without RandAugment and mixup, by default imgs. The
+        MIM loss masks their patches. token_ids (B, L) are the tokens of `clean`; they are needed
+        with target="tokens"."""
         logits = self.classify(imgs)
         class_loss = F.cross_entropy(logits.float(), labels)
         classes = labels if labels.ndim == 1 else labels.argmax(dim=1)
@@ -244,7 +246,8 @@ class ResBlock(nn.Module):
 def norm_silu_conv(in_dim: int, out_dim: int, kernel: int) -> list[nn.Module]:
     """GroupNorm, SiLU and a convolution of kernel x kernel pixels, where `kernel` is odd."""
     # A group has at least 16 channels, if there are so many. If each channel were normalised alone,
-    # its mean would be lost, and with it the colours of the image.
+    # its mean would be lost, and with it the colours of the image. gcd, because the number of
+    # groups must divide in_dim.
     groups = math.gcd(in_dim, max(1, in_dim // 16))
     conv = nn.Conv2d(in_dim, out_dim, kernel, padding=kernel // 2)
     return [nn.GroupNorm(groups, in_dim), nn.SiLU(), conv]
@@ -305,7 +308,7 @@ class VQTokenizer(nn.Module):
         return self.settings
 
     def set_extra_state(self, settings: dict) -> None:
-        """Takes no settings: `read_tokenizer` builds the tokenizer from them beforehand.
+        """Ignores `settings`, from which `read_tokenizer` has already built the tokenizer.
         load_state_dict calls this method after it has loaded the buffers."""
         self.num_updates = int(self.updates)
 
@@ -342,7 +345,7 @@ class VQTokenizer(nn.Module):
     def forward(self, imgs: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """imgs (B, C, H, W) -> reconstruction (B, C, *img_size), ids (B, L) and three losses:
         `recon`, the mean absolute error of the normalised pixels; `commitment`, the mean of
-        |z - sg(e)|^2; and `loss`, which is L_vq = recon + 0.25 commitment."""
+        (z - sg(e))^2 over all components; and `loss`, which is L_vq = recon + 0.25 commitment."""
         z = self.features(imgs)
         ids = self.quantize(z)
         codes = F.embedding(ids, self.codebook)
@@ -371,16 +374,17 @@ class VQTokenizer(nn.Module):
             dist.all_reduce(total)
         self.usage.lerp_(count, 1 - self.decay)
         self.sums.lerp_(total, 1 - self.decay)
-        even = count.sum() / len(count)  # the mean number of vectors per code in this step
-        dead = self.usage < 0.1 * even  # the codes that restart; in the first step nearly all
+        mean_count = count.sum() / len(count)  # this step's number of vectors per code
+        dead = self.usage < 0.1 * mean_count  # these restart; in the first step nearly all
         rows = common.gather(z).flatten(0, 1)
         # Every process draws the same order of the rows. The first dead code takes the first of
         # them, and so on. If there are too few, some are taken repeatedly.
         generator = common.seeded("restart", self.num_updates)
         order = torch.randperm(len(rows), generator=generator).to(z.device, non_blocking=True)
-        place = (dead.cumsum(dim=0) - 1) % len(rows)  # of a dead code's row in this order
-        self.usage.copy_(torch.where(dead, even, self.usage))
-        self.sums.copy_(torch.where(dead[:, None], even * rows[order[place]], self.sums))
+        place = (dead.cumsum(dim=0) - 1) % len(rows)  # only the entries of dead codes are used
+        self.usage.copy_(torch.where(dead, mean_count, self.usage))
+        new_sums = mean_count * rows[order[place]]
+        self.sums.copy_(torch.where(dead[:, None], new_sums, self.sums))
         self.codebook.copy_(self.sums / self.usage[:, None])
         self.updates += 1
         self.num_updates += 1
@@ -411,7 +415,7 @@ def measure_tokenizer(run: common.Run, tokenizer: VQTokenizer, images) -> dict:
 
     def measure(imgs: Tensor) -> Tensor:
         """imgs (B, 3, H, W) -> (B, 1+L): each image's PSNR and tokens in one tensor, because
-        `common.outputs` collects one."""
+        `common.outputs` collects one. fp32 stores the tokens exactly."""
         parts = []
         for part in imgs.split(32):  # large images need much memory
             recon, ids, _ = tokenizer(part)
@@ -438,8 +442,8 @@ def build_tokenizer(cfg: Config) -> VQTokenizer:
 
 def move_to(device: torch.device, tokenizer: VQTokenizer) -> VQTokenizer:
     """Moves the tokenizer to the device, in the memory layout that is faster there. On a CPU that
-    is channels_last. On a GPU, group norm returns contiguous tensors, so that the convolution after
-    each of them would have to convert channels_last."""
+    is channels_last. On a GPU, group norm returns contiguous tensors, which the next convolution
+    would have to copy into channels_last."""
     layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
     return tokenizer.to(device, memory_format=layout)
 
@@ -503,16 +507,16 @@ def check_given_tokenizer(tokenizer: VQTokenizer, cfg: Config) -> None:
 
 
 def check_own_tokenizer(tokenizer: VQTokenizer, file: Path, cfg: Config) -> None:
-    """UserError unless the run's own tokenizer, read from `file`, was built from the present
-    settings."""
+    """UserError unless the run's own tokenizer, read from `file`, has the sizes that the present
+    settings give. Other settings of its training are not compared."""
     present, changes = build_tokenizer(cfg).settings, []
     for name, value in tokenizer.settings.items():
         if value != present[name]:
             changes.append(f"{name} was {value}, now {present[name]}")
     if changes:
         raise common.UserError(
-            f"{file} was trained with other settings: {', '.join(changes)}; use another --out, or "
-            "train a new one with --train-tokenizer --restart"
+            f"{file} has other sizes: {', '.join(changes)}; use another --out, or train a new one "
+            "with --train-tokenizer --restart"
         )
 
 
@@ -527,17 +531,17 @@ def checksum(module: nn.Module) -> int:
 def tokenizer_config(run: common.Run) -> Config:
     """The settings with which the tokenizer of `run` is trained.
 
-    Flags that concern the classifier alone are left out, so that they may change before the
-    tokenizer is finished. The batch is that of `run`, but at most about 256 images, a number that
-    processes x --accumulate divides."""
+    Flags of the classifier alone keep their defaults here: if they change, the training of the
+    tokenizer can still be resumed. The batch is that of `run`, but at most the largest multiple of
+    processes x --accumulate up to 256; if that product is larger, the product itself."""
     cfg = run.cfg
     micro_batches = run.world * cfg.accumulate  # in one step
     largest_batch = micro_batches * max(1, 256 // micro_batches)
-    same = ("data", "data_dir", "img_size", "patch_size", "min_crop", "accumulate", "workers",
-            "device", "precision", "seed", "restart", "save_minutes", "tokenizer_width",
-            "codebook_size", "codebook_dim")  # fmt: skip
+    copied = ("data", "data_dir", "img_size", "patch_size", "min_crop", "accumulate", "workers",
+              "device", "precision", "seed", "restart", "save_minutes", "tokenizer_width",
+              "codebook_size", "codebook_dim")  # fmt: skip
     return Config(
-        **{name: getattr(cfg, name) for name in same}, out=str(run.folder / OWN_TOKENIZER.parent),
+        **{name: getattr(cfg, name) for name in copied}, out=str(run.folder / OWN_TOKENIZER.parent),
         steps=cfg.steps if cfg.train_tokenizer else None, epochs=cfg.tokenizer_epochs,
         batch_size=min(cfg.batch_size, largest_batch), lr=cfg.tokenizer_lr,
         clip_grad=1.0, weight_decay=1e-4, recon_every=5, knn_every=0,
@@ -592,8 +596,8 @@ def reconstruct_by_tokens(tokenizer: VQTokenizer, imgs: Tensor) -> dict[str, Ten
 
 class Augment:
     """Two views of one random crop: after RandAugment for the classifier, and unchanged for the
-    tokenizer and the MIM loss, because RandAugment moves pixels from patch to patch. With a
-    magnitude of 0, both views are the crop."""
+    tokenizer and the MIM loss. RandAugment moves pixels, so that the tokens of the crop would not
+    fit its result. With a magnitude of 0, both views are the crop."""
 
     def __init__(self, crop: common.RandomCrop, magnitude: int):
         self.crop = crop
@@ -642,7 +646,7 @@ def reconstruct(model: SupervisedMIM, tokenizer: VQTokenizer | None, imgs: Tenso
         "input": imgs,
         "masked": common.unpatchify(patches, patch_size, model.encoder.grid, imgs.shape[1]),
         "true tokens, decoded: the best possible prediction": decode(ids),
-        "tokens of masked patches predicted, all tokens decoded": decode(predicted),
+        "predicted tokens if masked, else true ones, decoded": decode(predicted),
     }
 
 
@@ -655,7 +659,8 @@ def validate(run: common.Run, model: SupervisedMIM, val) -> dict[str, float]:
 
 
 def best_so_far(run: common.Run) -> float:
-    """The largest best_top1 in the log of the run; -1 if it has none."""
+    """The largest best_top1 in the log of the run, which has only earlier epochs; -1 if it has
+    none."""
     return max((line.get("best_top1", -1.0) for line in run.history), default=-1.0)
 
 
@@ -701,8 +706,8 @@ def build(cfg: Config, num_classes: int) -> SupervisedMIM:
 
 @common.entry_point
 def main(cfg: Config, data=None) -> None:
-    """Trains the classifier, or only the tokenizer. `data` is a pair of torch Datasets with labels,
-    training and validation images; if it is None, cfg.data is loaded."""
+    """Trains the classifier, or only the tokenizer. `data` is a pair of torch Datasets, training
+    and validation images with labels (only the tokenizer needs none); None loads cfg.data."""
     run = common.Run(cfg)
     train, val = data or common.load_pair(cfg, "train")
     if cfg.train_tokenizer:
@@ -726,12 +731,12 @@ def main(cfg: Config, data=None) -> None:
     for _ in run.epochs():
         for micro_batches in run.steps():
             run.set_lr(optimizer)
-            for imgs, clean, labels in micro_batches:
+            for augmented, clean, labels in micro_batches:
                 with run.autocast():
                     token_ids = tokenizer.encode(clean) if tokenizer else None
                     # Only the classifier's images are mixed: tokens of a mixture mean nothing.
-                    imgs, targets = mixup(imgs, labels)
-                    loss, stats = ddp(imgs, targets, token_ids, clean)
+                    mixed, targets = mixup(augmented, labels)
+                    loss, stats = ddp(mixed, targets, token_ids, clean)
                 run.backward(loss)
                 run.log(loss=loss, **stats)
             run.update(optimizer)
