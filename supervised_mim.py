@@ -48,7 +48,7 @@ Names in metrics.jsonl
     loss, class_loss, token_loss    L, L_class and L_token; pixel_loss with --target pixels
     top1                            training accuracy (%); mixed images count as their larger part
     token_acc                       share of the masked patches whose token is predicted correctly
-    val_top1, best_top1             accuracy (%) on all validation images, and the best so far
+    val_top1, best_top1             validation accuracy (%), its best so far (classifier.best.pt)
     knn, retrieval_1nn              accuracy (%) of 20-NN and 1-NN of the class token, 1000 images
     in the folder tokenizer/        loss is L_vq; recon and commitment are the two means in it; psnr
                                     (dB), perplexity and codes_used (a share) are of 1000 images
