@@ -105,7 +105,7 @@ class Config(common.Config):
         common.check_numbers(self, 1, "decoder_dim", "decoder_depth", "decoder_heads",
                              "head_hidden", "head_dim")  # fmt: skip
         common.check_numbers(self, 0, "contrastive_weight", "position_weight", "momentum")
-        common.check_numbers(self, 1e-30, "tau")
+        common.check_numbers(self, common.POSITIVE, "tau")
         if self.momentum > 1:
             raise common.UserError(f"--momentum must be at most 1, not {self.momentum}")
         if not 0.01 <= self.crop_alpha < math.inf:  # samples of Beta underflow if alpha is smaller

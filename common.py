@@ -392,6 +392,8 @@ class Views(Dataset):
         if classes and isinstance(label, int) and not -1 <= label < len(classes):
             raise UserError(f"image {index} has label {label}, of {len(classes)} classes")
         *views, label = self.augment(rgb_tensor(image), label, index)
+        if any(view.dtype != torch.uint8 for view in views):
+            raise UserError("the augmentation must return images in uint8, from 0 to 255")
         if not isinstance(label, int | np.integer | Tensor):
             raise UserError(f"image {index} has a label of {type(label)}; it must be an int")
         return *views, label
@@ -541,8 +543,8 @@ class Run:
 
     def wrap(self, model: nn.Module, compile: bool = True) -> nn.Module:
         """The model to call in the loop: compiled in place if both --compile and `compile` are
-        true, and wrapped in DDP if there are several processes. Each process keeps its own buffers,
-        because DDP would overwrite them at each call, and a backward pass after two calls fails."""
+        true, and wrapped in DDP if there are several processes. Each process keeps its own buffers:
+        DDP would overwrite them at each call, and a backward pass after two calls would fail."""
         if self.cfg.compile and compile:
             model.compile()  # in place, so that the names in state_dict stay clean
         if self.world == 1:
@@ -737,9 +739,13 @@ class TrainConfig:
         """Raise UserError for values that cannot work."""
         check_numbers(self, 1, "epochs", "steps", "batch_size", "accumulate")
         check_numbers(self, 0, "workers", "seed", "weight_decay", "warmup_epochs", "save_minutes")
-        check_numbers(self, 1e-30, "base_lr", "lr", "clip_grad", "min_crop")
+        check_numbers(self, POSITIVE, "base_lr", "lr", "clip_grad", "min_crop")
         if self.min_crop is not None and self.min_crop > 1:
             raise UserError(f"--min-crop must be at most 1, not {self.min_crop}")
+        for name, kind in typing.get_type_hints(type(self)).items():
+            choices, value = typing.get_args(kind), getattr(self, name)
+            if typing.get_origin(kind) is Literal and value not in choices:
+                raise UserError(f"{name} must be one of {', '.join(choices)}, not {value}")
 
 
 @dataclass
@@ -768,6 +774,9 @@ class Config(TrainConfig):
         """A fresh encoder of these settings."""
         shape = VIT_SIZES[self.size] | ({"depth": self.depth} if self.depth else {})
         return ViT(self.img_size, self.patch_size, **shape)
+
+
+POSITIVE = 1e-30  # the `least` of numbers that must be above 0
 
 
 def check_numbers(cfg, least: float, *names: str) -> None:
@@ -925,7 +934,8 @@ def required_classes(train: Dataset, val: Dataset | None, name: str | None) -> l
     if name is None:
         raise UserError("labels are needed: training and validation images with .classes, names of "
                         "the classes (a Subset has lost them: set them again)")  # fmt: skip
-    raise UserError(f"--data {name} lacks labels: class folders in train/ and val/ are needed")
+    raise UserError(f"--data {name}: labelled images for training and for validation are needed, "
+                    "in class folders in train/ and val/")  # fmt: skip
 
 
 def check_pair(data) -> None:
@@ -1124,9 +1134,9 @@ def read_checkpoint(path) -> dict:
 
 
 def load_weights(path) -> tuple[dict[str, Tensor], dict]:
-    """The weights of a file as "encoder.…", "decoder.…" and others, and the settings of its ViT:
-    our encoder.pt or checkpoint.pt, or the flat layout of timm and of the published MAE files, of
-    which a classification head is ignored."""
+    """Reads our encoder.pt or checkpoint.pt, or a flat file of timm or of MAE, whose classification
+    head is ignored. Returns the weights, under the names "encoder....", "decoder...." and so on,
+    and the settings of the ViT."""
     loaded = read_checkpoint(path)
     try:
         weights = {str(name): x for name, x in loaded.get("model", loaded).items()}
@@ -1358,13 +1368,13 @@ def announce(run: Run) -> None:
     """Prints what is about to happen."""
     cfg, loader, cuda = run.cfg, run.loader, run.device.type == "cuda"
     device = torch.cuda.get_device_name() if cuda else f"cpu ({torch.get_num_threads()} threads)"
-    count = sum(p.numel() for p in run.state["model"].parameters()) / 1e6
+    count = sum(p.numel() for p in run.state["model"].parameters() if p.requires_grad)
     rest = len(loader.images) % cfg.batch_size
     rest = f" ({rest} images left over)" if rest else ""
     rule = f" = {cfg.base_lr:g} x {cfg.batch_size} / 256" if cfg.lr is None else ""
     data = cfg.data or "your Dataset"
     run.print(
-        f"{run.script} · {count:.2f} M parameters · {device} · {run.precision} · "
+        f"{run.script} · {count:,} parameters to train · {device} · {run.precision} · "
         f"torch {torch.__version__} · git {git_hash()}\n"
         f"  data    {data}: {len(loader.images)} images, {loader.steps} steps an epoch{rest}, "
         f"{run.total} steps in {cfg.epochs} epochs\n"
@@ -1377,7 +1387,7 @@ def announce(run: Run) -> None:
         more = "--restart starts over" if run.step == run.total else "without --steps it goes on"
         run.print(f"nothing left to do: step {run.step} is done; {more}")
     if getattr(cfg, "knn_every", 0) and run.val is None:
-        run.print("  no kNN, because it needs labels: class folders in train/ and val/")
+        run.print("  no kNN, because it needs labelled images for training and for validation")
 
 
 def catch_signals(run: Run) -> None:
@@ -1448,7 +1458,7 @@ def sync_and_check(run: Run) -> None:
 
 
 def save(run: Run, encoder: ViT | None) -> None:
-    """Writes metrics.jsonl, encoder.pt if there is an encoder, and last checkpoint.pt."""
+    """Writes metrics.jsonl, encoder.pt if there is an encoder, and then checkpoint.pt."""
     run.saved = time.monotonic()
     if run.rank == 0:
         config = dataclasses.asdict(run.cfg)

@@ -21,7 +21,7 @@ linear     MAE's protocol: a BatchNorm without affine and a linear layer on the 
            crops of area (0.08, 1) and flips. A batch is split into micro-batches of at most 512
            images, each with its own BatchNorm statistics, as on 32 GPUs.
            --cache-features, the default below 200 000 images, computes the features once, without
-           augmentation, and fits a logistic regression to them: seconds instead of hours. Its
+           augmentation, and fits a logistic regression to them: minutes instead of hours. Its
            accuracy is not comparable with the protocol's. Its L2 penalty is --weight-decay; by
            default it is chosen on a held-out tenth of the training images.
 knn        As in DINO, the k training images of highest cosine similarity vote, each with weight

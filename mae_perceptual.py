@@ -20,7 +20,7 @@ Usage
     python mae_perceptual.py                                    # demo: 3 minutes on two CPU cores
     python mae_perceptual.py --variant mae --out runs/mae-demo  # the demo with plain MAE
     python mae_perceptual.py --preset cifar --variant ls        # CIFAR-10, downloaded to data/
-    python mae_perceptual.py --preset imagenet --data /data/imagenet --accumulate 2      # one GPU
+    python mae_perceptual.py --preset imagenet --data /data/imagenet --accumulate 2      # 24 GB
     torchrun --nproc-per-node 8 mae_perceptual.py --preset imagenet --data /data/imagenet
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
         mae_perceptual.py --preset imagenet-mae --data /data/imagenet      # MAE's recipe, 16 GPUs
@@ -50,7 +50,7 @@ Names in metrics.jsonl
     pix, feat, style, adv     the terms of L_G before their weights; ssim is L_ssim
     d_loss, r1, path          L_D without R1; R1 and path without weights, means over their steps
     real_score, fake_score    the means of D(x) and D(y)
-    d_acc_real, d_acc_fake    shares of x and y whose score is on the right side of 1/2 (msg-ada: 0)
+    d_acc_real, d_acc_fake    shares of x and y scored on the right side of 1/2 (in msg-ada: of 0)
     g_norm, d_norm            gradient norms of the two; grad_norm if there is no discriminator
     grad_pix, grad_feat,      at an epoch's last step: root mean square over pixels of a weighted
       grad_style, grad_adv    term's gradient at the full-size y, in units of that of L_pix
@@ -123,7 +123,7 @@ class Config(common.Config):
         common.check_numbers(self, 1, "decoder_dim", "decoder_depth", "decoder_heads")
         common.check_numbers(self, 0, "feature_weight", "style_weight", "adv_weight",
                              "scale_weight", "r1_gamma", "path_weight")  # fmt: skip
-        common.check_numbers(self, 1e-30, "lr_decay", "disc_lr", "refresh_epochs")
+        common.check_numbers(self, common.POSITIVE, "lr_decay", "disc_lr", "refresh_epochs")
         if self.variant == "mae" and self.lr_decay is not None:
             raise common.UserError("--variant mae has no --lr-decay: use --preset imagenet-mae")
         if self.lr_decay is not None and self.warmup_epochs:

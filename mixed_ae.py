@@ -17,7 +17,7 @@ Usage
     python mixed_ae.py --no-homologous-attention --no-homologous-loss --no-segment \\
         --out runs/naive                                  # the paper's baseline, naive mixing
     python mixed_ae.py --preset cifar                     # CIFAR-10, downloaded to data/
-    python mixed_ae.py --preset imagenet --data /data/imagenet --accumulate 4      # one GPU
+    python mixed_ae.py --preset imagenet --data /data/imagenet --accumulate 4      # a GPU of 24 GB
     torchrun --nproc-per-node 8 mixed_ae.py --preset imagenet --data /data/imagenet
     python eval_linear.py runs/mixed_ae-demo --pool mean  # linear probe on the mean patch token
 
@@ -95,7 +95,7 @@ class Config(common.Config):
         super().check()
         common.check_numbers(self, 1, "decoder_dim", "decoder_depth", "decoder_heads")
         common.check_numbers(self, 0, "homo_weight")
-        common.check_numbers(self, 1e-30, "tau")
+        common.check_numbers(self, common.POSITIVE, "tau")
 
 
 PRESETS = {

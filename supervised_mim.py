@@ -20,14 +20,14 @@ Usage
         --tokenizer runs/supervised_mim-imagenet/tokenizer/tokenizer.pt      # fine-tuning with MIM
     python eval_linear.py runs/supervised_mim-demo --mode knn     # kNN with all images
 
-The tokenizer. A run first trains its own tokenizer, to the end even if --steps is set. --restart
-keeps a finished tokenizer; --train-tokenizer --restart trains a new one and nothing else.
+The tokenizer. A run first trains its own tokenizer to the end; --steps counts only the steps after
+that. --restart keeps a finished tokenizer; --train-tokenizer --restart trains only a new tokenizer.
 --tokenizer FILE uses a finished one, which must have one token per patch and --codebook-size codes.
 A resumed run needs FILE again, because its checkpoint stores only the tokenizer's checksum.
 
-Fine-tuning with MIM is best, according to a summary of the paper. --init-from takes the encoder
-from the encoder.pt of any script here. From this script's checkpoint.pt it also takes head and
-decoder: then --target, --decoder-depth, --codebook-size and the number of classes must match.
+Fine-tuning. Use MIM in pre-training and in fine-tuning for the best result. --init-from takes the
+encoder from the encoder.pt of any script here. From a checkpoint.pt of this script it also takes
+head and decoder: --target, --decoder-depth, --codebook-size and the number of classes must match.
 
 Equations and functions. x is an image, cropped and flipped; x' is x after RandAugment and mixup.
 The codes are e_k, G is the tokenizer's decoder, sg stops gradients.
@@ -35,9 +35,9 @@ The codes are e_k, G is the tokenizer's decoder, sg stops gradients.
     t(l)     = argmin over k of |z(l) - e_k|^2, the token of patch l           VQTokenizer.quantize
     L_vq     = mean |x - G(z + sg(e - z))| + 0.25 mean (z - sg(e))^2 over      VQTokenizer.forward
                all pixels and all components of z; e(l) is the code of t(l)
-    e_k      = m_k / n_k: moving averages (decay 0.99) of the sum and number   VQTokenizer.
-               of the z(l) with t(l) = k. If n_k is below a tenth of this        update_codebook
-               step's mean number of z per code, e_k becomes a random z
+    e_k      = m_k / n_k: moving averages (decay 0.99) of the sum and number   .update_codebook
+               of the z(l) with t(l) = k. If n_k < 0.1 N / K, for N vectors z
+               and K codes in a step, a random one of the z becomes e_k
     L_class  = CE(head(class token of encoder(x')), labels mixed like x');     SupervisedMIM.forward
                with --pool mean, the mean of the patch tokens is classified
     L_token  = mean over the masked patches l of CE(prediction(l), t(l)) with  mim_token_loss
@@ -89,7 +89,8 @@ import common
 
 @dataclass
 class Config(common.Config):
-    # The file of --tokenizer may have moved: a resumed run compares the tokenizer's checksum.
+    # What a resumed run may change: also the place of the --tokenizer FILE, whose checksum is
+    # compared.
     may_change = (*common.Config.may_change, "tokenizer", "val_every")
 
     mask_ratio: float = 0.5  # share of masked patches in the images of the MIM loss
@@ -104,7 +105,7 @@ class Config(common.Config):
     train_tokenizer: bool = False  # train only the tokenizer, then stop
     tokenizer_epochs: int = 20  # length of the tokenizer's training
     tokenizer_lr: float = 1e-3  # the tokenizer's peak learning rate; its batch is at most about 256
-    tokenizer_width: int = 64  # tokenizer: channels at full resolution, up to 4 times as many below
+    tokenizer_width: int = 64  # tokenizer's channels at full resolution; 4 x as many at the lowest
     codebook_size: int = 1024  # number of codes; it must match that of --tokenizer FILE
     codebook_dim: int = 256  # dimension of a code
     val_every: int = 1  # validation top-1 every so many epochs and at the end; 0 is never
@@ -115,7 +116,7 @@ class Config(common.Config):
                              "codebook_size", "codebook_dim")  # fmt: skip
         common.check_numbers(self, 0, "mim_weight", "token_smoothing", "mixup", "randaug",
                              "val_every")  # fmt: skip
-        common.check_numbers(self, 1e-30, "tokenizer_lr")
+        common.check_numbers(self, common.POSITIVE, "tokenizer_lr")
         for name, most in (("token_smoothing", 1), ("randaug", 30)):
             if getattr(self, name) > most:
                 raise common.UserError(f"--{name.replace('_', '-')} must be at most {most}")
@@ -284,7 +285,7 @@ class VQTokenizer(nn.Module):
         up = []
         for fine, coarse in itertools.pairwise(widths):
             down += [nn.AvgPool2d(2), ResBlock(fine, coarse)]
-            # The decoder starts at the coarsest level, so a coarser one is put before the others.
+            # The decoder goes from coarse to fine: each level is put before the finer ones.
             up = [nn.Upsample(scale_factor=2), ResBlock(coarse, fine), *up]
         coarsest = widths[-1]
         self.encoder = nn.Sequential(
@@ -308,7 +309,7 @@ class VQTokenizer(nn.Module):
         return self.settings
 
     def set_extra_state(self, settings: dict) -> None:
-        """Ignores `settings`, from which `read_tokenizer` has already built the tokenizer.
+        """Ignores `settings`: the tokenizer has already been built with them.
         load_state_dict calls this method after it has loaded the buffers."""
         self.num_updates = int(self.updates)
 
@@ -382,6 +383,7 @@ class VQTokenizer(nn.Module):
         generator = common.seeded("restart", self.num_updates)
         order = torch.randperm(len(rows), generator=generator).to(z.device, non_blocking=True)
         place = (dead.cumsum(dim=0) - 1) % len(rows)  # only the entries of dead codes are used
+        # A new code counts as if mean_count vectors equal to its row had been assigned to it.
         self.usage.copy_(torch.where(dead, mean_count, self.usage))
         new_sums = mean_count * rows[order[place]]
         self.sums.copy_(torch.where(dead[:, None], new_sums, self.sums))
@@ -531,9 +533,9 @@ def checksum(module: nn.Module) -> int:
 def tokenizer_config(run: common.Run) -> Config:
     """The settings with which the tokenizer of `run` is trained.
 
-    Flags of the classifier alone keep their defaults here: if they change, the training of the
-    tokenizer can still be resumed. The batch is that of `run`, but at most the largest multiple of
-    processes x --accumulate up to 256; if that product is larger, the product itself."""
+    Flags that only the classifier uses are not copied, so that the user may change them and still
+    resume the tokenizer's training. The batch is that of `run`, but at most 256, rounded down to a
+    multiple of processes x --accumulate, or that product if it exceeds 256."""
     cfg = run.cfg
     micro_batches = run.world * cfg.accumulate  # in one step
     largest_batch = micro_batches * max(1, 256 // micro_batches)
@@ -576,7 +578,7 @@ def train_tokenizer(main_run: common.Run, train, val) -> VQTokenizer:
         results = measure_tokenizer(run, tokenizer, val or train)
         run.end_epoch(picture=picture, **results)
     if run.step < run.total:
-        run.print("the tokenizer is not finished: the same command without --steps goes on")
+        run.print("the tokenizer is not finished: to go on, leave out --steps and --restart")
     elif run.rank == 0:
         content = {"tokenizer": tokenizer.state_dict()}
         common.write_atomically(file, functools.partial(torch.save, content))
@@ -619,7 +621,7 @@ def build_mixup(alpha: float, num_classes: int, micro_batch: int) -> nn.Module:
 
     UserError if a micro-batch has a single image, which cannot be mixed."""
     if not alpha:
-        return v2.Identity()
+        return v2.Identity()  # which, unlike nn.Identity, takes several arguments
     if micro_batch < 2:
         raise common.UserError("mixup needs at least 2 images in a micro-batch: use a larger "
                                "--batch-size or a smaller --accumulate")  # fmt: skip
@@ -659,8 +661,8 @@ def validate(run: common.Run, model: SupervisedMIM, val) -> dict[str, float]:
 
 
 def best_so_far(run: common.Run) -> float:
-    """The largest best_top1 in the log of the run, which has only earlier epochs; -1 if it has
-    none."""
+    """The largest best_top1 of earlier epochs; -1 if there are none. `end_epoch` adds the present
+    epoch to the log later."""
     return max((line.get("best_top1", -1.0) for line in run.history), default=-1.0)
 
 

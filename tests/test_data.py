@@ -17,6 +17,7 @@ from torchvision.transforms import v2
 
 import common
 import eval_linear
+import mae_perceptual
 from common import UserError
 
 CPU = torch.device("cpu")
@@ -496,6 +497,24 @@ def test_data_that_does_not_fit_is_a_one_line_error(capsys, tmp_path):
         ("cmae", (Own(12), None), "--batch-size 16 is more than the 12 images"),
     ):  # fmt: skip
         assert message in error_of_data(capsys, method, data, tmp_path), message
+
+
+def test_an_augmentation_must_return_uint8():
+    images = Own(4)
+    with pytest.raises(common.UserError, match="must return images in uint8"):
+        common.Views(images, lambda image, label, index: (image / 255, label))[0]
+    with pytest.raises(common.UserError, match="must return images in uint8"):
+        common.Views(images, lambda image, label, index: (image, image / 255, label))[0]
+
+
+def test_choices_are_checked_without_the_command_line():
+    for cfg, message in (
+        (mae_perceptual.Config(variant="gan"), "variant must be one of mae, ssim, ls, msg"),
+        (mae_perceptual.Config(size="gigantic"), "size must be one of tiny, small"),
+        (eval_linear.Config(encoder=".", mode="kNN"), "mode must be one of linear, knn"),
+    ):
+        with pytest.raises(common.UserError, match=message):
+            cfg.check()
 
 
 # ------------------------------------------------------------------------------ torchvision's sets

@@ -616,10 +616,10 @@ def test_restart_ignores_the_checkpoint_and_says_so(whole_run, tmp_path, shapes_
 def test_without_labels_a_run_has_no_knn(tmp_path, capsys):
     write_images(tmp_path / "data", 16, 16, seed=0, labelled=False)
     train("mae", tmp_path / "run", tmp_path / "data", "--epochs", "1", "--knn-every", "1")
-    assert "no kNN, because it needs labels" in capsys.readouterr().out
+    assert "no kNN, because it needs labelled images" in capsys.readouterr().out
     assert (tmp_path / "run" / "recon_0001.png").exists()
     error = error_of(capsys, eval_linear, tmp_path / "run")
-    assert "lacks labels: class folders in train/ and val/" in error
+    assert "in class folders in train/ and val/" in error
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, shapes_folder, capsys, monkeypatch):

@@ -848,7 +848,7 @@ def test_labels_are_needed_but_not_by_the_tokenizer(tmp_path, capsys):
     write_images(tmp_path / "half" / "train", 32, 16, seed=0)
     write_images(tmp_path / "loose" / "train", 32, 16, seed=0)
     write_images(tmp_path / "loose" / "val", 8, 16, seed=0, labelled=False)
-    no_labels, no_class_folders = "lacks labels: class folders", "or none in folders of classes"
+    no_labels, no_class_folders = "are needed, in class folders", "or none in folders of classes"
     for data, message in (("flat", no_labels), ("half", no_labels), ("loose", no_class_folders)):
         flags = [*FLAGS, "--data", tmp_path / data, "--out", tmp_path / "run"]
         assert message in error_of(capsys, supervised_mim, *flags)
