@@ -1,4 +1,4 @@
-"""CMAE (Mao, Yin, Chang and Zhou, 2022, arXiv 2205.10546). It is not "Contrastive Masked
+r"""CMAE (Mao, Yin, Chang and Zhou, 2022, arXiv 2205.10546). It is not "Contrastive Masked
 Autoencoders" (arXiv 2207.13532), which has the same acronym.
 
 The method changes MAE (arXiv 2111.06377) in three ways. A small decoder makes the encoder do more
@@ -10,12 +10,12 @@ of the visible patches of view 1 has no position embedding, and only their posit
 
 Usage
     python cmae.py                                        # demo: 3 minutes on two CPU cores
-    python cmae.py --crop random --contrastive-weight 0 --position-weight 0 --decoder-depth 4 \\
-        --out runs/cmae-off                               # all three off: MAE, small decoder
+    python cmae.py --crop random --contrastive-weight 0 --position-weight 0 --decoder-depth 4 \
+        --out runs/cmae-off                               # all off: MAE with 4 decoder blocks
     python cmae.py --preset cifar                         # CIFAR-10, downloaded to data/
     python cmae.py --preset tiny-imagenet --data tiny-imagenet-200                 # one GPU
     torchrun --nproc-per-node 8 cmae.py --preset tiny-imagenet --data tiny-imagenet-200
-    python eval_linear.py runs/cmae-tiny-imagenet --mode finetune --batch-size 64 --base-lr 1e-3 \\
+    python eval_linear.py runs/cmae-tiny-imagenet --mode finetune --batch-size 64 --base-lr 1e-3 \
         --layer-decay 0.75 --mixup 0 --cutmix 0           # as in the authors' later code
 
 Equations and functions. Views 1 and 2 of an image have the same masked patches; L patches, tau 0.2.
@@ -32,7 +32,7 @@ Equations and functions. Views 1 and 2 of an image have the same masked patches;
                the token of patch l from the mean token of its image          saliency
     box      = the rows and columns where heat exceeds 0.1 of its maximum     boxes_from_heatmaps
     crop     = a RandomResizedCrop with its centre drawn from the box        sample_contrastive_crop
-New boxes come after each fifth of the epochs (at least one epoch). Before, crops are random.
+New boxes come every 20 % of the epochs (rounded, at least 1 epoch). Before, crops are random.
 
 Names in metrics.jsonl
     loss, recon                      L and L_rec, which is the sum over the views
@@ -57,16 +57,16 @@ What is not taken from the paper
                                 embedding if there is no contrastive loss; other presets
 
 Deviations
-    heat         Peng et al. sum the channels of the last feature map. After a LayerNorm this sum is
-                 constant but for the affine weights, and the class token often attends to the
-                 background. With our heat, an object that fills its image is missed.
+    heat         Peng et al. sum the channels of the last feature map, which is nearly constant
+                 after a LayerNorm. Attention of the class token is often on the background. With
+                 our heat, an object that fills its image is missed.
     pixels       SDMAE predicts raw pixels. MAE's are normalised, so flat patches count like others.
-    positions    SDMAE gives all positions and predicts those of both views. Here view 2 trains no
-                 positions, and L_rec of view 1 and q_1 see half of its positions; the keys see all.
-                 SDMAE's head has no GELU, so that its two linear layers amount to one.
+    positions    SDMAE gives all positions and predicts those of both views. Here only tokens of
+                 view 1 lack positions, and only these are predicted. SDMAE's head has no GELU, so
+                 that its two linear layers amount to one.
     momentum     SDMAE has a momentum copy of the heads only, with m 0.999 and tau 1. Here keys lag
                  behind in the encoder, too, and the contrast is sharper.
-    batch        With --accumulate, BatchNorm and negatives use the images of one micro-batch only.
+    batch        With --accumulate, BatchNorm and negatives use one micro-batch of every process.
 """
 
 import copy
@@ -158,15 +158,15 @@ def cosines(q: Tensor, k: Tensor) -> Tensor:
 
 
 def info_nce(q: Tensor, k: Tensor, tau: float) -> Tensor:
-    """MoCo v3's contrastive loss, `nce` in the manual: 2 tau times the cross-entropy of the logits
-    cosine / tau. q (B, d), k (N, d) with N >= B -> scalar. k[i] is the right key of q[i], and all
-    other keys are negatives."""
+    """MoCo v3's contrastive loss, `nce` in the module docstring: 2 tau times the cross-entropy of
+    the logits cosine / tau. q (B, d), k (N, d) with N >= B -> scalar. k[i] is the right key of
+    q[i], and all other keys are negatives."""
     own = torch.arange(len(q), device=q.device)
     return 2 * tau * F.cross_entropy(cosines(q, k) / tau, own)
 
 
 def position_loss(logits: Tensor, positions: Tensor, kind: str) -> Tensor:
-    """L_pos of the manual: logits (B, n, L), positions (B, n) in 0..L-1 -> scalar.
+    """L_pos of the module docstring: logits (B, n, L), positions (B, n) in 0..L-1 -> scalar.
 
     With kind "ce", it is the cross-entropy. With "mse", it is the squared error between the logits
     and the one-hot position, averaged over the L classes, too."""
@@ -230,12 +230,12 @@ class CMAE(nn.Module):
         torch._foreach_lerp_(averages, trained, 1 - momentum)
 
     def forward(self, view1: Tensor, view2: Tensor | None = None):
-        """The loss L of the manual. The views are (B, C, H, W). Raises UserError if their number is
-        wrong: the model takes two views with a contrastive loss, and one without.
+        """The loss L of the module docstring. The views are (B, C, H, W). Raises UserError if their
+        number is wrong: the model takes two views with a contrastive loss, and one without.
 
         Returns the loss and, without gradient, the stats: recon, always; contrastive and
         contrastive_acc with a contrastive loss; position and position_acc with a position loss."""
-        if (view2 is None) == (self.contrastive_weight > 0):
+        if (view2 is not None) != (self.contrastive_weight > 0):
             raise common.UserError(
                 "the model takes two views if it has a contrastive loss, and one view otherwise"
             )
@@ -274,14 +274,14 @@ class CMAE(nn.Module):
         return loss, {name: x.detach() for name, x in stats.items()}
 
     def compare_views(self, imgs: Tensor, visible: Tensor, cls: Tensor) -> tuple[Tensor, Tensor]:
-        """L_con of the manual, and the mean `contrastive_accuracy` of both directions.
+        """L_con of the module docstring, and the mean `contrastive_accuracy` of both directions.
 
         imgs (2B, C, H, W) holds all first views and then all second views, `visible` (2B, n) their
         visible patches, and `cls` (2B, D) their class tokens from the encoder."""
         with torch.no_grad():
             key_cls1, key_cls2 = self.momentum_encoder(imgs, visible)[:, 0].chunk(2)
-            k1 = self.momentum_projector(gather_with_gradient(key_cls1))
-            k2 = self.momentum_projector(gather_with_gradient(key_cls2))
+            k1 = self.momentum_projector(common.gather(key_cls1).flatten(0, 1))
+            k2 = self.momentum_projector(common.gather(key_cls2).flatten(0, 1))
         cls1, cls2 = cls.chunk(2)
         q1 = self.predictor(self.projector(gather_with_gradient(cls1)))
         q2 = self.predictor(self.projector(gather_with_gradient(cls2)))
@@ -306,7 +306,7 @@ def momentum_at(step: int, total: int, start: float) -> float:
 
 
 def saliency(encoder: common.ViT, imgs: Tensor) -> Tensor:
-    """The heat of each patch, as in the manual: imgs (B, C, H, W) -> heatmaps (B, h, w).
+    """The heat of each patch, as in the module docstring: imgs (B, C, H, W) -> heatmaps (B, h, w).
 
     The heat is the distance between the token of a patch and the mean patch token of its image,
     minus the mean and the standard deviation of these distances, and at least 0. Patches that
@@ -438,7 +438,7 @@ class ContrastiveCrop(nn.Module):
         self.areas.copy_(heights_and_widths.prod(dim=2).mean(dim=0))
         if run.rank == 0:
             imgs = common.example_images(images, self.resize, run.device)
-            boxes = self.boxes[common.evenly_spaced(images, len(imgs))]
+            boxes = self.boxes[common.evenly_spaced(images, len(imgs))]  # those of the examples
             path = run.folder / f"boxes_{run.epoch:04d}.png"
             common.save_grid(path, draw_boxes(encoder, imgs, boxes))
 
@@ -447,8 +447,8 @@ class ContrastiveCrop(nn.Module):
 def draw_boxes(encoder: common.ViT, imgs: Tensor, boxes: Tensor) -> dict[str, Tensor]:
     """Draws whole images with their boxes, and the heatmaps that gave the boxes.
 
-    imgs (N, 3, H, W), boxes (N, 4) -> the rows of the picture, label -> normalised images (N, 3, H,
-    W)."""
+    imgs (N, 3, H, W), boxes (N, 4) -> the picture's rows: a dict of labels and normalised images
+    (N, 3, H, W)."""
     height, width = imgs.shape[2:]
     # draw_bounding_boxes takes corners in the order x_min, y_min, x_max, y_max, in pixels.
     corners = boxes.cpu()[:, None, [1, 0, 3, 2]] * torch.tensor([width, height, width, height])
@@ -459,7 +459,7 @@ def draw_boxes(encoder: common.ViT, imgs: Tensor, boxes: Tensor) -> dict[str, Te
     heat = scale_and_enlarge(saliency(encoder, imgs), (height, width))
     return {
         "input and box": common.normalize(torch.stack(outlined)),
-        "heat: distance from the mean token": common.normalize(
+        "heat: far from the mean token": common.normalize(
             255 * heat[:, None].expand_as(imgs)
         ),
     }
@@ -470,8 +470,8 @@ def draw_boxes(encoder: common.ViT, imgs: Tensor, boxes: Tensor) -> dict[str, Te
 
 @torch.no_grad()
 def reconstruct(model: CMAE, imgs: Tensor) -> dict[str, Tensor]:
-    """Reconstructs imgs (N, 3, H, W), with all positions given, and returns the rows of the
-    picture, label -> normalised images (N, 3, H, W)."""
+    """Reconstructs imgs (N, 3, H, W), with all positions given, and returns the picture's rows: a
+    dict of labels and normalised images (N, 3, H, W)."""
     vit = model.encoder
     visible, mask = common.random_masking(len(imgs), vit.num_patches, model.mask_ratio, imgs.device)
     pred = model.decoder(vit(imgs, visible), visible)
@@ -497,8 +497,8 @@ def main(cfg: Config, data=None) -> None:
     contrast = cfg.contrastive_weight > 0
     if contrast and cfg.batch_size // cfg.accumulate < 2:
         raise common.UserError(
-            "the contrastive loss needs at least 2 images in a micro-batch: raise --batch-size or "
-            "lower --accumulate"
+            "the contrastive loss needs at least 2 images at a time, over all processes: raise "
+            "--batch-size or lower --accumulate"
         )
     if cfg.init_from and not run.resumes:
         missing = common.init_from(cfg.init_from, model)

@@ -680,7 +680,7 @@ class Run:
         if picture and self.rank == 0 and self.due(self.cfg.recon_every):
             torch.manual_seed(random_seed("picture", self.cfg.seed))  # always the same masks
             save_grid(self.folder / f"recon_{self.epoch:04d}.png", picture())
-        save_or_stop(self, encoder, save_now=True)  # last: after a kill, all of the above is redone
+        save_or_stop(self, encoder, save_now=True)  # comes last: if killed before, redo all
         if self.step == self.last_step:
             self.print(f"step {self.step} of {self.total} is done; results are in {self.folder}")
 
@@ -717,7 +717,7 @@ class TrainConfig:
     data: str | None = "shapes"  # shapes, cifar10, cifar100, stl10, or a folder: see the README
     data_dir: str = "data"  # where cifar10, cifar100 and stl10 are downloaded to
     min_crop: float = 0.2  # smallest area of a random crop, as a share of the image
-    epochs: int = 10  # length of the schedule, at whose end the learning rate is 0
+    epochs: int = 10  # length of the training and of the learning rate schedule
     steps: int | None = None  # stop after so many steps and write all files; rerun to go on
     batch_size: int = 256  # images per optimiser step, over all processes and accumulations
     accumulate: int = 1  # micro-batches per step and process; raise it when memory runs out
@@ -862,7 +862,7 @@ def entry_point(main):
             sys.exit(2)
         except torch.OutOfMemoryError as error:
             print(f"error: {str(error).splitlines()[0]} Raise --accumulate: a micro-batch then has "
-                  "fewer images, and the recipe stays the same.", file=sys.stderr)  # fmt: skip
+                  "fewer images.", file=sys.stderr)  # fmt: skip
             sys.exit(2)
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from the last checkpoint, if there is one",
@@ -1530,7 +1530,7 @@ def evenly_spaced(images: Dataset, limit: int | None = None) -> list[int]:
 
 
 def example_images(images: Dataset, augment, device, count: int = 8) -> Tensor:
-    """(count, 3, size, size), normalised: the same images every time, for pictures."""
+    """(N, 3, size, size), normalised, N <= count: the same images every time."""
     views = Views(images, augment)
     imgs = torch.stack([views[i][0] for i in evenly_spaced(images, count)])
     return normalize(imgs.to(device))

@@ -1,4 +1,4 @@
-"""Perceptual MAE (Tukra, Hoffman and Chatfield, CVPR 2023, arXiv 2212.14504), and plain MAE.
+r"""Perceptual MAE (Tukra, Hoffman and Chatfield, CVPR 2023, arXiv 2212.14504), and plain MAE.
 
 MAE (arXiv 2111.06377) compares its reconstruction with the image pixel by pixel. Perceptual MAE
 also compares their feature maps in a discriminator. This is trained alongside, so that it takes no
@@ -14,7 +14,7 @@ loss, two penalties (R1 and path length), and augmentation of the discriminator'
     ls          MAE's         one scale, least squares                  L_G
     msg         multi-scale   multi-scale, least squares                L_G
     msg-ada     multi-scale   multi-scale, logistic loss with R1, ADA   L_G + path; the full method
-If the weights of L_feat, L_style and L_adv are all 0, the last three have no discriminator.
+With L_feat, L_style and L_adv all of weight 0, ls, msg and msg-ada have no discriminator.
 
 Usage
     python mae_perceptual.py                                    # demo: 3 minutes on two CPU cores
@@ -22,13 +22,13 @@ Usage
     python mae_perceptual.py --preset cifar --variant ls        # CIFAR-10, downloaded to data/
     python mae_perceptual.py --preset imagenet --data /data/imagenet --accumulate 2      # 24 GB
     torchrun --nproc-per-node 8 mae_perceptual.py --preset imagenet --data /data/imagenet
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
         mae_perceptual.py --preset imagenet-mae --data /data/imagenet      # MAE's recipe, 16 GPUs
     python eval_linear.py runs/mae_perceptual-demo --baseline   # linear probe
 
 Equations and functions. x is the image, and y is the reconstruction of all its patches, visible
-ones too. Both are normalised. D is the discriminator, f_j a feature map of its frozen copy. Weights
-are those of "imagenet"; "demo" and "cifar" have others, see PRESETS.
+ones too. Both are normalised. D is the discriminator, f_j a feature map of its frozen copy. The
+numbers in the losses are those of "imagenet"; "demo" and "cifar" have others, see PRESETS.
     L_MAE   = mean over masked patches of (y - x)^2, x normalised per patch      common.masked_mse
     L_pix   = mean |y - x|                                                       pixel_loss
     L_feat  = sum_j mean |f_j(y) - f_j(x)|                                       feature_loss
@@ -72,11 +72,11 @@ What is not taken from the paper
                               small images; no random gamma and gain of colours; bf16 on GPUs
 
 Deviations and their consequences
-    "demo" and "cifar" change L_pix, features and weights; the comment at PRESETS gives the reasons.
+    "demo" and "cifar" change losses and recipe; the comment at PRESETS gives the reasons.
     Without --lr-decay, the discriminator has warm-up and cosine, too, or it would win in the end.
-    BatchNorm (ls) and minibatch std (msg, msg-ada) use one micro-batch, of at least 4 images.
+    BatchNorm (ls) and minibatch std (msg, msg-ada) use one micro-batch: 4 images or more.
     Both players step at the same time, so that a step takes one forward pass of the generator.
-    R1 is taken on augmented images. The authors leave out 1/2 and 16, so R1 counts 8 times more.
+    R1 is taken on augmented images. Without 1/2 and 16, the authors' counts 8 times less.
     lr and betas are not corrected for lazy penalties: lr is 17/16 (L_D), 5/4 (L_G) of StyleGAN2's.
     path covers neither the smaller images nor the skips, so these are not regularised.
     L_ssim is of RGB images. The authors' are normalised, but C1 and C2 are made for values in 0..1.
@@ -132,7 +132,7 @@ class Config(common.Config):
             raise common.UserError(f"--disc-width must be a multiple of 32, not {self.disc_width}")
 
 
-# "demo" and "cifar" are our choice. They differ from the paper in three ways:
+# "demo" and "cifar" are our choice. Their losses differ from the paper's in three ways:
 # - L_pix includes the smaller images (scale_weight). Otherwise these stay noise in short runs, and
 #   the discriminator falls to chance.
 # - Features are divided by the size of the real maps (normalize_features). Otherwise L_style grows
@@ -140,11 +140,12 @@ class Config(common.Config):
 # - L_style, L_adv and R1 have smaller weights, chosen by grad_* and d_acc_*, and the frozen copy is
 #   renewed more often. With msg-ada, grad_adv may still end above 2. Half of adv_weight lowers it
 #   to about 2, but the encoder is not better (tests/RESULTS.md).
+# Their recipe is MAE's (warm-up, cosine, weight decay 0.05), with other learning rates.
 PRESETS = {
     "demo": dict(  # two to three minutes on two CPU cores
         data="shapes", img_size=32, patch_size=4, size="tiny", depth=4,
         decoder_dim=64, decoder_depth=4, decoder_heads=2, min_crop=0.5,
-        epochs=1, batch_size=32, base_lr=1.2e-2, warmup_epochs=0.3, knn_every=10,
+        epochs=1, batch_size=32, base_lr=1.2e-2, warmup_epochs=0.2, knn_every=10,
         disc_width=64, disc_lr=5e-4, style_weight=2.0, adv_weight=0.1, scale_weight=1.0,
         normalize_features=True, r1_gamma=0.1, refresh_epochs=0.1,
     ),
@@ -197,8 +198,9 @@ def image_pyramid(imgs: Tensor, scales: list[int]) -> list[Tensor]:
 class MSGDecoder(common.Decoder):
     """MAE's decoder with multi-scale gradients: it makes an image at every scale of `image_scales`.
 
-    Each block but the first has a skip connection: it also takes the output of an encoder block,
-    the second block that of the encoder's last block but one, later blocks those of earlier ones.
+    Each block but the first has a skip connection: it also takes the output of an encoder block.
+    Decoder block 2 takes that of the last encoder block but one, block 3 that of the encoder block
+    before, and so on.
     The last block makes the full-size image, and the blocks just before it make the smaller images.
     The earliest of these makes the largest, as in the authors' code. MSG-GAN has the reverse order,
     but here all blocks have the same grid of tokens, so that either order is possible.
@@ -392,7 +394,7 @@ def fp32_score(layer: nn.Linear, x: Tensor) -> Tensor:
 
 class Discriminator(nn.Module):
     """The discriminator of `ls`, for one scale: convolutions of stride 2, then a linear layer. It
-    has 5 convolutions, fewer if the last feature map would be smaller than 4 x 4."""
+    has one convolution for each halving in `image_scales`, at most 5."""
 
     def __init__(self, img_size: int, width: int = 512, in_chans: int = 3):
         super().__init__()
@@ -657,13 +659,13 @@ class AdaptiveAugment(nn.Module):
     """Augmentation of all images that the discriminator sees (Karras et al. 2020, "bgc"): flips,
     turns by 90 degrees, shifts, scaling, rotation, change of aspect, and colour. Each operation is
     switched on with probability p. Every `every` steps, p rises if the mean sign of the scores of
-    real images is above `target`, and falls if it is below, at a speed of 1 in `speed` images.
+    real images is above `target`, and falls if it is below: from 0 to 1 within `ramp` images.
 
     Images are resampled bilinearly, without the low-pass filters of Karras et al."""
 
-    def __init__(self, target: float = 0.6, every: int = 4, speed: int = 500_000):
+    def __init__(self, target: float = 0.6, every: int = 4, ramp: int = 500_000):
         super().__init__()
-        self.target, self.every, self.speed = target, every, speed
+        self.target, self.every, self.ramp = target, every, ramp
         self.p = 0.0
         self.signs = []  # of the real scores: the mean in each step since the last adjustment
         self.images = 0  # number of images since the last adjustment
@@ -694,7 +696,7 @@ class AdaptiveAugment(nn.Module):
         self.images += batch_size
         if len(self.signs) == self.every:
             mean_sign = sum(self.signs).item() / self.every
-            change = self.images / self.speed
+            change = self.images / self.ramp
             if mean_sign > self.target:
                 self.p = min(self.p + change, 1.0)
             elif mean_sign < self.target:
@@ -713,9 +715,10 @@ def random_affine(count: int, p: float, size: int) -> Tensor:
 
     Each map takes a point of the result to the point of the image that is shown there, as torch's
     affine_grid expects; the sides of the image are at -1 and 1. It is therefore the product of the
-    inverses of the operations in the list. The inverse has the negative parameter, which has the
-    same distribution, so that the parameter of the inverse is drawn directly. An operation is
-    switched on with probability p. If it is off, its parameter is 0 and it changes nothing.
+    inverses of the operations, in the order of `operations` below. The inverse has the negative
+    parameter, which has the same distribution, so that the parameter of the inverse is drawn
+    directly. An operation is switched on with probability p. If it is off, its parameter is 0 and
+    it changes nothing.
 
     The maps are computed on the CPU, because they take many operations on a few numbers."""
 
@@ -737,8 +740,9 @@ def random_affine(count: int, p: float, size: int) -> Tensor:
     rotation_chance = 1 - math.sqrt(1 - p)
     scale = 2 ** switched(0.2 * torch.randn(count))
     aspect = 2 ** switched(0.2 * torch.randn(count))
-    pixel = switched(torch.ones(count)) * 2 / size  # 0 where the shift by whole pixels is off
-    side = switched(torch.ones(count)) * 2  # 0 where the shift by fractions is off
+    # The widths of a pixel and of the image, or 0 where a shift is off, along both x and y.
+    pixel = switched(torch.ones(count)) * 2 / size  # for shifts by whole pixels
+    side = switched(torch.ones(count)) * 2  # for shifts by fractions
     operations = [
         matrix(a=1 - 2 * switched((uniform() > 0).float())),  # horizontal flip
         rotation(switched((4 * torch.rand(count)).floor()) * (math.pi / 2)),
@@ -779,6 +783,7 @@ def random_colour(count: int, p: float) -> tuple[Tensor, Tensor]:
     # scale * x + origin takes a normalised colour x to -1..1, where the matrix is applied.
     mean, std = (torch.tensor(x).view(3, 1) for x in (common.MEAN, common.STD))
     scale, origin = 2 * std, 2 * mean - 1
+    # matrix * scale.T / scale is diag(1 / scale) @ matrix @ diag(scale).
     return matrix * scale.T / scale, (matrix @ (origin + brightness) - origin) / scale
 
 

@@ -1,4 +1,4 @@
-"""MixedAE (Chen, Liu, Hong, Xu, Li and Yeung, CVPR 2023, arXiv 2303.17152).
+r"""MixedAE (Chen, Liu, Hong, Xu, Li and Yeung, CVPR 2023, arXiv 2303.17152).
 
 MAE (arXiv 2111.06377) hides 75 % of the patches of an image. MixedAE fills those places with the
 patches of three other images: four images become one mixture, the encoder sees every patch of the
@@ -14,7 +14,7 @@ used as an ordinary ViT, without segments and homologous attention.
 
 Usage
     python mixed_ae.py                                    # demo: 2 minutes on two CPU cores
-    python mixed_ae.py --no-homologous-attention --no-homologous-loss --no-segment \\
+    python mixed_ae.py --no-homologous-attention --no-homologous-loss --no-segment \
         --out runs/naive                                  # the paper's baseline, naive mixing
     python mixed_ae.py --preset cifar                     # CIFAR-10, downloaded to data/
     python mixed_ae.py --preset imagenet --data /data/imagenet --accumulate 4      # a GPU of 24 GB
@@ -32,16 +32,16 @@ patches, K = L / G. i is an image of the group, l a place, z(l) the encoder's ou
     unmix_i(l)   = z(l), in the decoder's width, if s(l) = i; else mask token unmix
     pred_i       = decoder(class token of the mixture, unmix_i)               MixedAE.decode
     L_recon      = MAE's loss of pred_i on the patches with s(l) != i         MixedAE.forward
-    L_homo       = mean_l of -1/|P(l)| sum_{a in P(l)} log p(a | l), where    homologous_
-                 P(l) are the other patches of the same image, and p is       contrastive_loss
-                 softmax(cos(z_l, z_b) / tau) over all other patches b
+    L_homo       = mean_l of -1/|P(l)| sum_{a in P(l)} log p(a | l), where
+                 P(l) are the other patches of the same image, and p is
+                 softmax(cos(z_l, z_b) / tau) over all b != l     homologous_contrastive_loss
     L            = L_recon + 0.1 L_homo                                       MixedAE.forward
 
 Names in metrics.jsonl
     loss, recon, homo             L, L_recon and L_homo (homo is logged even if it is switched off)
     topk_accuracy                 share of the K patches of largest q k in the last block that come
                                   from the query's own image; 1 / G by chance
-    homo_content, topk_content    homo and topk_accuracy without segment embeddings, on 240
+    homo_content, topk_content    homo and topk_accuracy without segment embeddings, on up to 240
                                   validation images (training images if there are none) in fixed
                                   mixtures; homo is log(L - 1) if all tokens are equal
     own_image_auc                 probability that a token is closer to a token of its own image
@@ -57,7 +57,7 @@ What is not taken from the paper
                                the first; segment embeddings added at the input
     inferred                   groups of four with one mixture each. Only this fits the paper's 3 %
                                of extra time: groups of two would cost 46 %, four mixtures of each
-                               group 137 %. We think that a summary calls this mode "compose"
+                               group 137 %. It is probably the mode that others call "compose"
     from MAE                   architecture, initialisation, reconstruction loss, recipe
     our choice                 the class token attends to all tokens, and all tokens attend to it;
                                no projector before the contrastive loss; segments start with
@@ -143,8 +143,8 @@ def group_size_of(ratio: float, encoder: common.ViT) -> int:
         )
     h, w = encoder.grid
     if h * w % size or h * w < 2 * size:
-        # Sides of a square grid, in patches. Multiples of `size` fit, so the nearest is in range.
-        sides = range(1, 2 * (h + size))
+        # Sides of a square grid, in patches. Every multiple of `size` is possible.
+        sides = range(1, h + 2 * size)
         possible = [n for n in sides if n * n % size == 0 and n * n >= 2 * size]
         nearest = min(possible, key=lambda n: abs(n - h))
         raise common.UserError(
@@ -156,7 +156,7 @@ def group_size_of(ratio: float, encoder: common.ViT) -> int:
 
 
 def random_mixing(groups: int, group_size: int, num_patches: int, device=None, generator=None):
-    """Draws which image each patch of a mixture comes from: s(l) in the manual.
+    """Draws which image each patch of a mixture comes from: s(l) in the module docstring.
 
     Returns source (groups, L) int64 in 0..group_size-1, uniformly random among the assignments that
     give each image exactly L / group_size patches. Raises UserError if that is not a whole
@@ -169,7 +169,7 @@ def random_mixing(groups: int, group_size: int, num_patches: int, device=None, g
 
 
 def mix(tokens: Tensor, source: Tensor) -> Tensor:
-    """Mixes each group of G consecutive images: x_mix in the manual.
+    """Mixes each group of G consecutive images: x_mix in the module docstring.
 
     tokens (groups*G, L, D), source (groups, L) -> (groups, L, D). Patch l of a mixture is patch l
     of image source(l) of the group, so that every patch stays at its place."""
@@ -185,7 +185,7 @@ def own_patches(source: Tensor, group_size: int) -> Tensor:
 
 
 def unmix(mixed: Tensor, source: Tensor, mask_token: Tensor, group_size: int) -> Tensor:
-    """Separates the images of a mixture again: unmix_i in the manual.
+    """Separates the images of a mixture again: unmix_i in the module docstring.
 
     mixed (groups, L, D), source (groups, L), mask_token (D,) -> (groups*G, L, D): for each image of
     a group, its own tokens at their places, and the mask token at all other places."""
@@ -232,8 +232,8 @@ def topk_accuracy(q: Tensor, k: Tensor, source: Tensor, topk: int) -> Tensor:
 
 
 def homologous_contrastive_loss(z: Tensor, source: Tensor, tau: float) -> Tensor:
-    """L_homo in the manual: among all other patches of its mixture, each patch has to pick the
-    patches of its own image by the cosine of their tokens.
+    """L_homo in the module docstring: among all other patches of its mixture, each patch has to
+    pick the patches of its own image by the cosine of their tokens.
 
     z (groups, L, D), source (groups, L) -> scalar, computed without autocast. If all tokens are
     equal, it is log(L - 1)."""
@@ -250,9 +250,9 @@ def own_image_auc(z: Tensor, source: Tensor) -> Tensor:
     """The probability that a token is closer to a token of its own image than to one of another.
 
     z (groups, L, D), source (groups, L) -> scalar. Of all patches l, a and b of a mixture, where a
-    comes from the image of l and b does not, it is the share with cos(z_l, z_a) > cos(z_l, z_b); a
-    tie counts as a half. This is the area under the ROC curve of each patch l, averaged over the
-    patches: 1 is perfect, and 0.5 is chance."""
+    is another patch of l's image and b is of another image, it is the share with cos(z_l, z_a) >
+    cos(z_l, z_b); a tie counts as a half. This is the area under the ROC curve of each patch l,
+    averaged over the patches: 1 is perfect, and 0.5 is chance."""
     z = F.normalize(z.float(), dim=2)
     cosine = z @ z.mT
     own = source[:, :, None] == source[:, None]
@@ -334,9 +334,9 @@ class MixedAE(nn.Module):
         return self.decode(tokens, source), source, tokens, accuracy
 
     def forward(self, imgs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss L of the manual. imgs (B, C, H, W), where B is a multiple of G: consecutive
-        images form a group. Returns the loss and, without gradient, the stats recon, homo and
-        topk_accuracy."""
+        """The loss L of the module docstring. imgs (B, C, H, W), where B is a multiple of G:
+        consecutive images form a group. Returns the loss and, without gradient, the stats recon,
+        homo and topk_accuracy."""
         pred, source, tokens, accuracy = self.predict(imgs)
         target = common.patchify(imgs, self.encoder.patch_size)
         recon = common.masked_mse(pred, target, ~own_patches(source, self.group_size))
@@ -381,7 +381,7 @@ def reconstruct(model: MixedAE, imgs: Tensor) -> dict[str, Tensor]:
     pred, source, _, _ = model.predict(imgs)
     rows = common.reconstruction_rows(imgs, pred, ~own_patches(source, size), vit.patch_size)
     mixed = mix(common.patchify(imgs, vit.patch_size), source).repeat_interleave(size, dim=0)
-    return {
+    return {  # what is left of `rows` are the predictions
         "input": rows.pop("input"),
         f"mixture of {size}": common.unpatchify(mixed, vit.patch_size, vit.grid, vit.in_chans),
         "own part of it": rows.pop("masked"),

@@ -1,4 +1,4 @@
-"""Supervised MIM (Chen, Salz, Chang, Sohn, Krishnan and Seyedhosseini, 2023, arXiv 2312.00950).
+r"""Supervised MIM (Chen, Salz, Chang, Sohn, Krishnan and Seyedhosseini, 2023, arXiv 2312.00950).
 
 A ViT learns to classify images. Masked image modelling (MIM) is a second task: in every step, the
 same encoder also sees the images with half of their patches masked, and a shallow decoder predicts
@@ -13,10 +13,10 @@ Usage
     python supervised_mim.py --preset cifar                       # CIFAR-10, downloaded to data/
     python supervised_mim.py --preset imagenet --data imagenet --accumulate 16     # a GPU of 80 GB
     torchrun --nproc-per-node 8 supervised_mim.py --preset imagenet --data imagenet --accumulate 2
-    torchrun --nproc-per-node 8 supervised_mim.py --preset imagenet --data imagenet \\
+    torchrun --nproc-per-node 8 supervised_mim.py --preset imagenet --data imagenet \
         --epochs 90 --batch-size 1024 --warmup-epochs 8 --out runs/90        # the shorter recipe
-    python supervised_mim.py --preset imagenet --data /data/birds --out runs/birds --epochs 50 \\
-        --batch-size 512 --lr 1e-4 --init-from runs/supervised_mim-imagenet/encoder.pt \\
+    python supervised_mim.py --preset imagenet --data /data/birds --out runs/birds --epochs 50 \
+        --batch-size 512 --lr 1e-4 --init-from runs/supervised_mim-imagenet/encoder.pt \
         --tokenizer runs/supervised_mim-imagenet/tokenizer/tokenizer.pt      # fine-tuning with MIM
     python eval_linear.py runs/supervised_mim-demo --mode knn     # kNN with all images
 
