@@ -6,14 +6,15 @@
     python eval_linear.py runs/mae_perceptual-demo --mode segment # which class is at which pixel
     torchrun --nproc-per-node 8 eval_linear.py runs/mae_perceptual-imagenet --data imagenet
 
-The argument is a run folder, an encoder.pt, or a flat timm or published MAE file (with --data).
+The argument is a run folder, an encoder.pt, or a timm or published MAE file (with --data).
 The data set and the image size are those of the encoder's training. --img-size N evaluates at
 another size, for which the position embedding is interpolated. The last line printed is, for
 example, `linear top-1 61.3 (untrained 38.2)`. eval.json beside the encoder has the latest scores.
-Its entries are linear, linear-protocol, knn, finetune and segment. If --pool is not the mode's
-default, it is added to the name: linear-mean. So is --img-size if it is not the encoder's size:
-knn-64px. eval_linear.main(eval_linear.Config(encoder=...), (train, val)) evaluates on your own
-Datasets; with mode="segment" they return (image, mask), classes are counted from 0.
+Its entries are linear (the cached probe), linear-protocol (MAE's), knn, finetune and segment. If
+--pool is not the mode's default, it is added to the name: linear-mean. So is --img-size if it is
+not the encoder's size: knn-64px.
+eval_linear.main(eval_linear.Config(encoder=...), (train, val)) evaluates on your own Datasets; with
+mode="segment" they return (image, mask), classes are counted from 0.
 
 linear     MAE's protocol: a BatchNorm without affine and a linear layer on the class token of the
            frozen encoder; LARS, base learning rate 0.1 x batch / 256, no weight decay, batch
@@ -52,10 +53,11 @@ Sources and our choices
     segment            The idea is iBOT's and DINOv2's, the settings are our choice. Masks are
                        compared at the encoder's size, so scores differ from those of others. The
                        loss is a mean over the labelled pixels of a micro-batch.
-    our choices        The cached probe; its settings for encoders narrower than ViT-B. Random
+    our choices        The cached probe. ViT-B's settings for narrower encoders, too. Random
                        erasing's noise is clipped to the range of pixels. RandAugment "m9" is
                        torchvision's operations at magnitude 9 of 10, two of them with probability
-                       1/2 each as in timm, but without timm's magnitude noise, and bilinear.
+                       1/2 each, as in timm. In contrast to timm, the magnitude has no noise, and
+                       images are resampled bilinearly.
 """
 
 import colorsys
@@ -85,7 +87,7 @@ from common import UserError, accuracy
 class Config(common.TrainConfig):
     may_change = (*common.TrainConfig.may_change, "val_every")
 
-    encoder: str  # run folder, encoder.pt, or a flat timm or published MAE file
+    encoder: str  # run folder, encoder.pt, or a timm or published MAE file
     mode: Literal["linear", "knn", "finetune", "segment"] = "linear"  # see above
     baseline: bool = False  # also evaluate an untrained encoder of the same shape
     img_size: int | None = None  # evaluate at this size; positions are interpolated [encoder's]
@@ -94,7 +96,7 @@ class Config(common.TrainConfig):
     data: str | None = None  # as in pre-training, with labels [the encoder's]
     data_dir: str | None = None  # where downloaded sets live [the encoder's]
     min_crop: float | None = None  # smallest area of a random crop [0.08; segment 0.5]
-    epochs: int | None = None  # how many [linear 90, L, H 50; finetune 100, L, H 50; segment 10]
+    epochs: int | None = None  # [linear 90 (L, H: 50), finetune 100 (L, H: 50), segment 10]
     batch_size: int | None = None  # images per step [linear 16384; finetune 1024; segment 64]
     accumulate: int | None = None  # micro-batches per step [1; linear: until each is <= 512 images]
     base_lr: float | None = None  # lr per 256 images [linear 0.1; finetune 5e-4, L and H 1e-3]
@@ -115,15 +117,16 @@ class Config(common.TrainConfig):
         names = ("layer_decay", "drop_path", "mixup", "cutmix", "smoothing", "erasing")
         common.check_numbers(self, 0, *names, "val_every")
         common.check_numbers(self, 1, "img_size")
-        for name in names[:2] + names[4:]:
+        for name in ("layer_decay", "drop_path", "smoothing", "erasing"):
             if (getattr(self, name) or 0) > 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at most 1")
         if self.mode == "segment" and self.pool:
             raise UserError("--pool: segmentation uses every patch token, none is pooled")
         if not Path(self.encoder).exists():
             raise UserError(f"{self.encoder}: no such run folder or file")
-        if not (file := Path(self.encoder, "encoder.pt")).exists() and file.parent.is_dir():
-            raise UserError(f"{file}: no such file; it is written when an epoch ends")
+        folder = Path(self.encoder)
+        if folder.is_dir() and not (folder / "encoder.pt").exists():
+            raise UserError(f"{folder}/encoder.pt: no such file; it is written when an epoch ends")
 
 
 def recipe(mode: str, width: int) -> dict:
@@ -240,9 +243,9 @@ def logistic_regression(x: Tensor, labels: Tensor, test: Tensor, num_classes: in
     l2 / 2 * |weight|^2 on x (M, D), whose mean is about 0, and labels (M,)."""
     # The unknowns are the weight's coordinates along the principal axes of x, in units of
     # 1 / sqrt(curvature): LBFGS needs tens of iterations for them, and hundreds for the weight
-    # itself. With few images and a small l2, which hardly bound the weight, it stops early.
+    # itself. With few images and a small l2, the loss is flat and it ends a bit above the minimum.
     variance, axes = torch.linalg.eigh(x.T @ x / len(x))
-    units = axes / (variance / num_classes + l2).clamp(min=1e-9).sqrt()
+    scaled_axes = axes / (variance / num_classes + l2).clamp(min=1e-9).sqrt()
     unknown = x.new_zeros(num_classes, x.shape[1], requires_grad=True)
     bias = x.new_zeros(num_classes, requires_grad=True)
     optimizer = torch.optim.LBFGS([unknown, bias], max_iter=200, tolerance_grad=1e-4,
@@ -250,13 +253,13 @@ def logistic_regression(x: Tensor, labels: Tensor, test: Tensor, num_classes: in
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        weight = unknown @ units.T
+        weight = unknown @ scaled_axes.T
         value = F.cross_entropy(x @ weight.T + bias, labels) + l2 / 2 * weight.square().sum()
         value.backward()
         return value
 
     optimizer.step(loss)
-    return (test @ units @ unknown.T + bias).detach()
+    return (test @ scaled_axes @ unknown.T + bias).detach()
 
 
 def evaluate_cached(run: common.Run, train: tuple, test: tuple, classes: int) -> dict:
@@ -560,8 +563,9 @@ def coloured(masks: Tensor) -> Tensor:
 
 
 def data_checksum(images: Dataset, start: int) -> int:
-    """CRC-32 of 16 images and their labels, going on from the CRC-32 `start`."""
+    """CRC-32 of 16 images and their labels, continuing the CRC-32 `start`."""
 
+    # In the place of an augmentation, because `Views` makes a uint8 tensor of any image.
     def with_checksum(image: Tensor, label, index: int) -> tuple[Tensor, int]:
         return image, zlib.crc32(np.asarray(label).tobytes())
 
@@ -574,28 +578,30 @@ def data_checksum(images: Dataset, start: int) -> int:
 
 def fill_in(cfg: Config, width: int, num_images: int) -> dict:
     """All settings for an encoder of this width and this number of training images: those that are
-    given, and the others from the mode's recipe. UserError for settings of the full linear protocol
-    that are given for the cached probe."""
+    given, and the others from the mode's recipe. UserError if settings of a training are given for
+    the cached probe."""
     cached = cfg.mode == "linear" and cfg.cache_features is not False
     if cfg.cache_features is None and num_images >= 200_000:
         cached = False
     given = {name: value for name, value in dataclasses.asdict(cfg).items() if value is not None}
-    for name in ("epochs", "batch_size", "accumulate", "lr", "base_lr", "warmup_epochs"):
+    rate = ("lr", "base_lr", "warmup_epochs")
+    for name in ("epochs", "batch_size", "accumulate", "min_crop", *rate):
         if cached and name in given:
             raise UserError(f"--{name.replace('_', '-')} belongs to the full protocol, not to the "
                             "cached probe: add --no-cache-features, or leave it out")  # fmt: skip
     settings = dataclasses.asdict(cfg) | recipe("cached" if cached else cfg.mode, width) | given
     settings["cache_features"] = cached
     if cfg.base_lr is not None and cfg.lr is None:
-        settings["lr"] = None
+        settings["lr"] = None  # --base-lr replaces the recipe's --lr
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if cfg.mode == "segment" and cfg.batch_size is None:  # 64, or fewer for a small data set
         parts = processes * settings["accumulate"]
         settings["batch_size"] = max(parts, min(64, num_images) // parts * parts)
     if cfg.mode == "linear" and not cached and cfg.accumulate is None:
-        part = max(1, settings["batch_size"] // processes)
-        counts = range((part + 511) // 512, part + 1)
-        settings["accumulate"] = next(n for n in counts if part % n == 0)
+        # The fewest equal micro-batches of at most 512 images.
+        share = max(1, settings["batch_size"] // processes)
+        counts = range((share + 511) // 512, share + 1)
+        settings["accumulate"] = next(n for n in counts if share % n == 0)
     return settings
 
 
@@ -641,13 +647,13 @@ def main(cfg: Config, data=None) -> None:
         entries = {} | (json.loads(file.read_text()) if file.exists() else {})
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{file} cannot be read or written: {error}") from error
-    # A training is resumed only with the same encoder weights and the same data.
+    # A training is resumed only if the encoder's file and 16 images of each set are the same.
     checksum = data_checksum(val, data_checksum(train, zlib.crc32(path.read_bytes())))
     run_name = f"eval-{key}-{checksum:08x}"
 
     def measure(untrained: bool) -> dict:
         out = folder / (f"{run_name}-untrained" if untrained else run_name)
-        # A resumed run may differ in these settings, because they do not affect what it computes.
+        # Not compared when a run is resumed: `out` has the checksum of the encoder, wherever it is.
         neutral = {"encoder": "", "baseline": False, "out": str(out)}
         run = common.Run(Config(**settings | neutral))
         drop_path = settings["drop_path"] if cfg.mode == "finetune" else 0.0
