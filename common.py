@@ -650,8 +650,8 @@ class Run:
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def _read_means(self) -> dict[str, float]:
-        """The means of this epoch so far. Afterwards all processes have the same sums. UserError if
-        a mean is not finite: training has failed."""
+        """The means of this epoch so far. Afterwards all processes have the same sums, the means of
+        their own, which does not change later means. UserError if a mean is not finite."""
         sums = mean_over_processes(torch.stack(list(self.sums.values())))
         self.sums = dict(zip(self.sums, sums, strict=True))
         means = {}
@@ -680,7 +680,7 @@ class Run:
         if picture and self.rank == 0 and self.due(self.cfg.recon_every):
             torch.manual_seed(random_seed("picture", self.cfg.seed))  # always the same masks
             save_grid(self.folder / f"recon_{self.epoch:04d}.png", picture())
-        save_or_stop(self, encoder, save_now=True)  # comes last: if killed before, redo all
+        save_or_stop(self, encoder, save_now=True)  # last: a run killed before it repeats this
         if self.step == self.last_step:
             self.print(f"step {self.step} of {self.total} is done; results are in {self.folder}")
 

@@ -20,10 +20,10 @@ Usage
         --tokenizer runs/supervised_mim-imagenet/tokenizer/tokenizer.pt      # fine-tuning with MIM
     python eval_linear.py runs/supervised_mim-demo --mode knn     # kNN with all images
 
-The tokenizer. A run first trains its own tokenizer to the end; --steps counts only the steps after
-that. --restart keeps a finished tokenizer; --train-tokenizer --restart trains only a new tokenizer.
---tokenizer FILE uses a finished one, which must have one token per patch and --codebook-size codes.
-A resumed run needs FILE again, because its checkpoint stores only the tokenizer's checksum.
+The tokenizer. A run first trains its own tokenizer to the end, whatever --steps is. --restart keeps
+a finished tokenizer. --train-tokenizer trains nothing else, with --restart a new one; --steps then
+counts its steps. --tokenizer FILE uses a finished one, which must fit. A resumed run needs FILE
+again, because its checkpoint stores only the tokenizer's checksum.
 
 Fine-tuning. Use MIM in pre-training and in fine-tuning for the best result. --init-from takes the
 encoder from the encoder.pt of any script here. From a checkpoint.pt of this script it also takes
@@ -33,11 +33,11 @@ Equations and functions. x is an image, cropped and flipped; x' is x after RandA
 The codes are e_k, G is the tokenizer's decoder, sg stops gradients.
     z(l)     = output of the tokenizer's encoder for x at patch l              VQTokenizer.features
     t(l)     = argmin over k of |z(l) - e_k|^2, the token of patch l           VQTokenizer.quantize
-    L_vq     = mean |x - G(z + sg(e - z))| + 0.25 mean (z - sg(e))^2 over      VQTokenizer.forward
-               all pixels and all components of z; e(l) is the code of t(l)
+    L_vq     = mean over pixels of |x - G(z + sg(e - z))| + 0.25 mean over     VQTokenizer.forward
+               components of (z - sg(e))^2; e(l) is the code of t(l)
     e_k      = m_k / n_k: moving averages (decay 0.99) of the sum and number   .update_codebook
-               of the z(l) with t(l) = k. If n_k < 0.1 N / K, for N vectors z
-               and K codes in a step, a random one of the z becomes e_k
+               of the z(l) with t(l) = k. A step has N vectors z. If n_k is
+               below 0.1 N / K (K codes), a random one of them becomes e_k
     L_class  = CE(head(class token of encoder(x')), labels mixed like x');     SupervisedMIM.forward
                with --pool mean, the mean of the patch tokens is classified
     L_token  = mean over the masked patches l of CE(prediction(l), t(l)) with  mim_token_loss
@@ -105,7 +105,7 @@ class Config(common.Config):
     train_tokenizer: bool = False  # train only the tokenizer, then stop
     tokenizer_epochs: int = 20  # length of the tokenizer's training
     tokenizer_lr: float = 1e-3  # the tokenizer's peak learning rate; its batch is at most about 256
-    tokenizer_width: int = 64  # tokenizer's channels at full resolution; 4 x as many at the lowest
+    tokenizer_width: int = 64  # its channels at full resolution; up to 4 x as many at lower ones
     codebook_size: int = 1024  # number of codes; it must match that of --tokenizer FILE
     codebook_dim: int = 256  # dimension of a code
     val_every: int = 1  # validation top-1 every so many epochs and at the end; 0 is never
@@ -382,10 +382,10 @@ class VQTokenizer(nn.Module):
         # them, and so on. If there are too few, some are taken repeatedly.
         generator = common.seeded("restart", self.num_updates)
         order = torch.randperm(len(rows), generator=generator).to(z.device, non_blocking=True)
-        place = (dead.cumsum(dim=0) - 1) % len(rows)  # only the entries of dead codes are used
+        rank = dead.cumsum(dim=0) - 1  # 0, 1, ... for the dead codes; others are not used
         # A new code counts as if mean_count vectors equal to its row had been assigned to it.
         self.usage.copy_(torch.where(dead, mean_count, self.usage))
-        new_sums = mean_count * rows[order[place]]
+        new_sums = mean_count * rows[order][rank % len(rows)]
         self.sums.copy_(torch.where(dead[:, None], new_sums, self.sums))
         self.codebook.copy_(self.sums / self.usage[:, None])
         self.updates += 1
@@ -458,7 +458,8 @@ def get_tokenizer(run: common.Run, train, val) -> VQTokenizer:
     now unless it is finished.
 
     The tokenizer's checksum is added to run.identity, so that the run cannot be resumed with
-    another tokenizer. UserError if the tokenizer does not fit the settings of the run."""
+    another tokenizer. UserError if the tokenizer does not fit the settings of the run, or if it is
+    missing when the run is resumed."""
     cfg, own_file = run.cfg, run.folder / OWN_TOKENIZER
     if cfg.tokenizer:
         tokenizer = read_tokenizer(Path(cfg.tokenizer))
@@ -468,8 +469,8 @@ def get_tokenizer(run: common.Run, train, val) -> VQTokenizer:
         check_own_tokenizer(tokenizer, own_file, cfg)
     elif run.resumes:  # a newly trained tokenizer would have another checksum
         raise common.UserError(
-            f"the run in {run.folder} has no tokenizer of its own: add the --tokenizer FILE that "
-            "it was started with, or use another --out or --restart"
+            f"{own_file} is missing: add the --tokenizer FILE, if the run was started with one, or "
+            "use another --out or --restart"
         )
     else:
         tokenizer = train_tokenizer(run, train, val)
@@ -534,8 +535,8 @@ def tokenizer_config(run: common.Run) -> Config:
     """The settings with which the tokenizer of `run` is trained.
 
     Flags that only the classifier uses are not copied, so that the user may change them and still
-    resume the tokenizer's training. The batch is that of `run`, but at most 256, rounded down to a
-    multiple of processes x --accumulate, or that product if it exceeds 256."""
+    resume the tokenizer's training. The batch is that of `run`, but at most the largest multiple of
+    m = processes x --accumulate that is not above 256, or m if m itself is."""
     cfg = run.cfg
     micro_batches = run.world * cfg.accumulate  # in one step
     largest_batch = micro_batches * max(1, 256 // micro_batches)
@@ -709,7 +710,8 @@ def build(cfg: Config, num_classes: int) -> SupervisedMIM:
 @common.entry_point
 def main(cfg: Config, data=None) -> None:
     """Trains the classifier, or only the tokenizer. `data` is a pair of torch Datasets, training
-    and validation images with labels (only the tokenizer needs none); None loads cfg.data."""
+    and validation images, with labels unless only the tokenizer is trained. If it is None, cfg.data
+    is loaded."""
     run = common.Run(cfg)
     train, val = data or common.load_pair(cfg, "train")
     if cfg.train_tokenizer:
