@@ -718,7 +718,7 @@ class TrainConfig:
     data_dir: str = "data"  # where cifar10, cifar100 and stl10 are downloaded to
     min_crop: float = 0.2  # smallest area of a random crop, as a share of the image
     epochs: int = 10  # length of the training and of the learning rate schedule
-    steps: int | None = None  # stop after so many steps and write all files; rerun to go on
+    steps: int | None = None  # stop after so many steps and write all files; without it, go on
     batch_size: int = 256  # images per optimiser step, over all processes and accumulations
     accumulate: int = 1  # micro-batches per step and process; raise it when memory runs out
     base_lr: float = 1.5e-4  # learning rate per 256 images: lr = base_lr * batch_size / 256
@@ -1547,7 +1547,9 @@ def outputs(run: Run, model: nn.Module, forward, images: Dataset, augment,
     share = [index[(run.rank + i * run.world) % len(index)] for i in range(each)]
     batches = [share[i : i + 250] for i in range(0, each, 250)]
     model.eval()
-    for imgs, labels in data_loader(run, Views(images, augment), batches):
+    disable = True if run.rank > 0 else None  # None: a bar only where there is a terminal
+    loader = data_loader(run, Views(images, augment), batches)
+    for imgs, labels in tqdm(loader, "evaluating", len(batches), leave=False, disable=disable):
         with run.autocast():
             result = forward(normalize(imgs.to(run.device)))
         parts.append((result.float(), labels.to(run.device)))

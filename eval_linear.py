@@ -223,6 +223,7 @@ def all_features(run: common.Run, encoder: common.ViT, images) -> tuple[Tensor, 
     def features(imgs: Tensor) -> Tensor:
         return pooled(encoder(imgs), pool)
 
+    run.print(f"computing the features of {len(images)} images")
     found, labels = common.outputs(run, encoder, features, images, crop)
     if not found.isfinite().all():
         raise UserError("the features are not finite: this encoder cannot be evaluated")

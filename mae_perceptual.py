@@ -76,7 +76,7 @@ Deviations and their consequences
     Without --lr-decay, the discriminator has warm-up and cosine, too, or it would win in the end.
     BatchNorm (ls) and minibatch std (msg, msg-ada) use one micro-batch: 4 images or more.
     Both players step at the same time, so that a step takes one forward pass of the generator.
-    R1 is taken on augmented images. Without 1/2 and 16, the authors' counts 8 times less.
+    R1 is taken on augmented images. The authors' R1 has no factor 16 / 2: it counts 8 times less.
     lr and betas are not corrected for lazy penalties: lr is 17/16 (L_D), 5/4 (L_G) of StyleGAN2's.
     path covers neither the smaller images nor the skips, so these are not regularised.
     L_ssim is of RGB images. The authors' are normalised, but C1 and C2 are made for values in 0..1.
