@@ -403,9 +403,9 @@ class TrainLoader:
     """Shuffled epochs of micro-batches: normalised views (b, 3, size, size), one tensor for each
     view that `augment` makes (see Views), and labels (b,).
 
-    A global batch is cut into processes x accumulate micro-batches, which are the same for any
-    number of processes: two processes see what one process with --accumulate 2 sees. The last batch
-    of an epoch is left out if it is incomplete."""
+    A global batch is cut into processes x accumulate micro-batches: two processes see what one
+    process with --accumulate 2 sees. The last batch of an epoch is left out if it is
+    incomplete."""
 
     def __init__(self, run: "Run", images: Dataset, augment):
         self.run, self.images, self.augment = run, images, augment
@@ -530,7 +530,7 @@ class Run:
     def start(self, loader: TrainLoader, val: Dataset | None = None, **state) -> None:
         """Takes the data and everything that has a state (model=, optimizer=, ...). If the folder
         holds a checkpoint of the same settings, takes every state, the step and the metrics from
-        it. From now on SIGTERM and Ctrl-C let the run finish its step, save and stop."""
+        it. From now on SIGTERM and Ctrl-C let the run save and stop after a step."""
         cfg, self.loader, self.state = self.cfg, loader, state
         self.val = val if shared_classes(loader.images, val) else None
         self.total = cfg.epochs * loader.steps
@@ -566,7 +566,7 @@ class Run:
 
         Between two steps, the loss is checked, and the run is saved if it is time, or stopped if a
         signal came. On a GPU this happens after every tenth step, as reading the loss waits for
-        the GPU."""
+        the GPU. A single process stops at once after the step in which a signal came."""
         first, end = self.step, min(self.epoch * self.loader.steps, self.last_step)
         every = 1 if self.device.type == "cpu" else 10
         self.waited, begin = 0.0, time.perf_counter()
@@ -650,8 +650,8 @@ class Run:
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def _read_means(self) -> dict[str, float]:
-        """The means of this epoch so far. Afterwards all processes have the same sums, the means of
-        their own, which does not change later means. UserError if a mean is not finite."""
+        """The means of this epoch so far. UserError if a mean is not finite. Each process's sums
+        are replaced by the mean of all processes' sums; later means stay the same."""
         sums = mean_over_processes(torch.stack(list(self.sums.values())))
         self.sums = dict(zip(self.sums, sums, strict=True))
         means = {}
@@ -680,7 +680,8 @@ class Run:
         if picture and self.rank == 0 and self.due(self.cfg.recon_every):
             torch.manual_seed(random_seed("picture", self.cfg.seed))  # always the same masks
             save_grid(self.folder / f"recon_{self.epoch:04d}.png", picture())
-        save_or_stop(self, encoder, save_now=True)  # last: a run killed before it repeats this
+        # This comes last, because a run that is killed before it does all of the above again.
+        save_or_stop(self, encoder, save_now=True)
         if self.step == self.last_step:
             self.print(f"step {self.step} of {self.total} is done; results are in {self.folder}")
 
@@ -1391,14 +1392,14 @@ def announce(run: Run) -> None:
 
 
 def catch_signals(run: Run) -> None:
-    """From now on, the first SIGTERM or Ctrl-C lets the run finish its step, save and stop. In a
+    """From now on, the first SIGTERM or Ctrl-C lets the run save and stop after a step. In a
     single process, a second one ends it at once; launchers of several processes send several
     signals. `entry_point` restores the handlers."""
 
     def remember(number: int, frame) -> None:
         Run.caught = number
         if run.rank == 0:
-            os.write(2, b"stopping after this step\n")  # print could be interrupted by itself
+            os.write(2, b"stopping after a step\n")  # print could be interrupted by itself
         if run.world == 1:
             signal.signal(number, end_at_once)
 

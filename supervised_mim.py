@@ -21,9 +21,9 @@ Usage
     python eval_linear.py runs/supervised_mim-demo --mode knn     # kNN with all images
 
 The tokenizer. A run first trains its own tokenizer to the end, whatever --steps is. --restart keeps
-a finished tokenizer. --train-tokenizer trains nothing else, with --restart a new one; --steps then
-counts its steps. --tokenizer FILE uses a finished one, which must fit. A resumed run needs FILE
-again, because its checkpoint stores only the tokenizer's checksum.
+a finished tokenizer. --train-tokenizer trains only the tokenizer (with --restart, a new one), and
+--steps counts its steps. --tokenizer FILE uses a finished one, which must fit. A resumed run needs
+FILE again, because its checkpoint stores only the tokenizer's checksum.
 
 Fine-tuning. Use MIM in pre-training and in fine-tuning for the best result. --init-from takes the
 encoder from the encoder.pt of any script here. From a checkpoint.pt of this script it also takes
@@ -37,7 +37,7 @@ The codes are e_k, G is the tokenizer's decoder, sg stops gradients.
                components of (z - sg(e))^2; e(l) is the code of t(l)
     e_k      = m_k / n_k: moving averages (decay 0.99) of the sum and number   .update_codebook
                of the z(l) with t(l) = k. A step has N vectors z. If n_k is
-               below 0.1 N / K (K codes), a random one of them becomes e_k
+               below 0.1 N / K (K codes), a random z of the step becomes e_k
     L_class  = CE(head(class token of encoder(x')), labels mixed like x');     SupervisedMIM.forward
                with --pool mean, the mean of the patch tokens is classified
     L_token  = mean over the masked patches l of CE(prediction(l), t(l)) with  mim_token_loss
@@ -89,8 +89,7 @@ import common
 
 @dataclass
 class Config(common.Config):
-    # What a resumed run may change: also the place of the --tokenizer FILE, whose checksum is
-    # compared.
+    # What a resumed run may change. The tokenizer's checksum is compared instead of its path.
     may_change = (*common.Config.may_change, "tokenizer", "val_every")
 
     mask_ratio: float = 0.5  # share of masked patches in the images of the MIM loss
@@ -376,16 +375,16 @@ class VQTokenizer(nn.Module):
         self.usage.lerp_(count, 1 - self.decay)
         self.sums.lerp_(total, 1 - self.decay)
         mean_count = count.sum() / len(count)  # this step's number of vectors per code
-        dead = self.usage < 0.1 * mean_count  # these restart; in the first step nearly all
+        dead = self.usage < 0.1 * mean_count  # first step: usage is 0.01 count, so nearly all
         rows = common.gather(z).flatten(0, 1)
-        # Every process draws the same order of the rows. The first dead code takes the first of
-        # them, and so on. If there are too few, some are taken repeatedly.
+        # Dead codes restart. Every process draws the same order of the rows. The first dead code
+        # takes the first of them, and so on. If there are too few, some are taken repeatedly.
         generator = common.seeded("restart", self.num_updates)
         order = torch.randperm(len(rows), generator=generator).to(z.device, non_blocking=True)
-        rank = dead.cumsum(dim=0) - 1  # 0, 1, ... for the dead codes; others are not used
+        number = dead.cumsum(dim=0) - 1  # 0, 1, ... for the dead codes; others are not used
         # A new code counts as if mean_count vectors equal to its row had been assigned to it.
         self.usage.copy_(torch.where(dead, mean_count, self.usage))
-        new_sums = mean_count * rows[order][rank % len(rows)]
+        new_sums = mean_count * rows[order][number % len(rows)]
         self.sums.copy_(torch.where(dead[:, None], new_sums, self.sums))
         self.codebook.copy_(self.sums / self.usage[:, None])
         self.updates += 1
@@ -536,7 +535,7 @@ def tokenizer_config(run: common.Run) -> Config:
 
     Flags that only the classifier uses are not copied, so that the user may change them and still
     resume the tokenizer's training. The batch is that of `run`, but at most the largest multiple of
-    m = processes x --accumulate that is not above 256, or m if m itself is."""
+    m = processes x --accumulate up to 256, or m if m exceeds 256."""
     cfg = run.cfg
     micro_batches = run.world * cfg.accumulate  # in one step
     largest_batch = micro_batches * max(1, 256 // micro_batches)
