@@ -295,13 +295,14 @@ class Decoder(nn.Module):
         return torch.cat([x[:, :1], full], dim=1) + self.pos_embed
 
     def decode(self, x: Tensor) -> Tensor:
-        """Embedded tokens (B, 1+L, dim) with positions -> (B, L, p*p*C)."""
+        """Embedded tokens (B, 1+L, dim) with positions -> (B, L, p*p*C or out_dim)."""
         for block in self.blocks:
             x = block(x)
         return self.pred(self.norm(x[:, 1:]))
 
     def forward(self, tokens: Tensor, visible: Tensor) -> Tensor:
-        """tokens (B, 1+n, D), visible (B, n) -> (B, L, p*p*C), predictions for all patches."""
+        """tokens (B, 1+n, D), visible (B, n) -> (B, L, p*p*C or out_dim), predictions for all
+        patches."""
         return self.decode(self.fill_in(tokens, visible))
 
 
@@ -651,7 +652,7 @@ class Run:
 
     def _read_means(self) -> dict[str, float]:
         """The means of this epoch so far. UserError if a mean is not finite. Each process's sums
-        are replaced by the mean of all processes' sums; later means stay the same."""
+        are replaced by the mean of all processes' sums, which does not alter later means."""
         sums = mean_over_processes(torch.stack(list(self.sums.values())))
         self.sums = dict(zip(self.sums, sums, strict=True))
         means = {}
@@ -680,7 +681,7 @@ class Run:
         if picture and self.rank == 0 and self.due(self.cfg.recon_every):
             torch.manual_seed(random_seed("picture", self.cfg.seed))  # always the same masks
             save_grid(self.folder / f"recon_{self.epoch:04d}.png", picture())
-        # This comes last, because a run that is killed before it does all of the above again.
+        # This comes last: if a run is killed earlier, it repeats all of the above when resumed.
         save_or_stop(self, encoder, save_now=True)
         if self.step == self.last_step:
             self.print(f"step {self.step} of {self.total} is done; results are in {self.folder}")

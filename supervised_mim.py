@@ -144,7 +144,7 @@ PRESETS = {
         data=None, img_size=224, patch_size=14, size="base", mask_ratio=0.5, min_crop=0.05,
         epochs=300, batch_size=4096, lr=1e-3,
         warmup_epochs=10_000 / 312,  # 10 000 steps; an epoch has 312
-        clip_grad=1.0, weight_decay=0.1,  # torch multiplies it by lr: 1e-4, as in big_vision
+        clip_grad=1.0, weight_decay=0.1,  # lr * 0.1 = 1e-4 per step, as in big_vision
         mixup=0.5, randaug=15, mim_weight=1.0, decoder_depth=1,
         codebook_size=1024, codebook_dim=256, val_every=5, knn_every=5,
     ),
