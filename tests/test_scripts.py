@@ -89,7 +89,8 @@ def test_the_imagenet_preset_is_the_published_recipe():
 
 
 def test_the_optimiser_is_the_published_one(tmp_path, shapes_folder):
-    train("mae", tmp_path, shapes_folder, "--epochs", "5", "--steps", "11", "--batch-size", "32")
+    flags = ["--epochs", "5", "--steps", "11", "--batch-size", "32", "--warmup-epochs", "0.3"]
+    train("mae", tmp_path, shapes_folder, *flags)
     decayed, not_decayed = weights(tmp_path, "optimizer")["param_groups"]
     assert decayed["betas"] == not_decayed["betas"] == (0.9, 0.95)
     assert (decayed["weight_decay"], not_decayed["weight_decay"]) == (0.05, 0.0)
@@ -534,10 +535,10 @@ MISTAKES = {
         (["--decoder-heads", "5"], "decoder width 64 is not divisible by 5 heads"),
     ],
     cmae: [
-        (["--batch-size", "1"], "the contrastive loss needs at least 2 images in a micro-batch: "
+        (["--batch-size", "1"], "needs at least 2 images at a time, over all processes: "
                                 "raise --batch-size or lower --accumulate"),
         (["--batch-size", "4", "--accumulate", "4"],
-         "needs at least 2 images in a micro-batch"),
+         "needs at least 2 images at a time, over all processes"),
         (["--momentum", "1.5"], "--momentum must be at most 1"),
         (["--crop-alpha", "0.001"], "--crop-alpha must be at least 0.01"),
         (["--contrastive-weight", "-1"], "--contrastive-weight must be at least 0"),
