@@ -57,9 +57,9 @@ What is not taken from the paper
                                 embedding if there is no contrastive loss; other presets
 
 Deviations
-    heat         Peng et al. sum the channels of the last feature map, which is nearly constant
-                 after a LayerNorm. Attention of the class token is often on the background. With
-                 our heat, an object that fills its image is missed.
+    heat         Peng et al. sum the channels of the last feature map. After a LayerNorm, this sum
+                 is constant up to the affine weights. The class token often attends to the
+                 background. With our heat, an object that fills its image is missed.
     pixels       SDMAE predicts raw pixels. MAE's are normalised, so flat patches count like others.
     positions    SDMAE gives all positions and predicts those of both views. Here only tokens of
                  view 1 lack positions, and only these are predicted. SDMAE's head has no GELU, so
@@ -459,9 +459,7 @@ def draw_boxes(encoder: common.ViT, imgs: Tensor, boxes: Tensor) -> dict[str, Te
     heat = scale_and_enlarge(saliency(encoder, imgs), (height, width))
     return {
         "input and box": common.normalize(torch.stack(outlined)),
-        "heat: far from the mean token": common.normalize(
-            255 * heat[:, None].expand_as(imgs)
-        ),
+        "heat: far from the mean token": common.normalize(255 * heat[:, None].expand_as(imgs)),
     }
 
 

@@ -720,7 +720,7 @@ class TrainConfig:
     data_dir: str = "data"  # where cifar10, cifar100 and stl10 are downloaded to
     min_crop: float = 0.2  # smallest area of a random crop, as a share of the image
     epochs: int = 10  # length of the training and of the learning rate schedule
-    steps: int | None = None  # stop after so many steps and write all files; without it, go on
+    steps: int | None = None  # stop after so many steps and write all files; leave it out to go on
     batch_size: int = 256  # images per optimiser step, over all processes and accumulations
     accumulate: int = 1  # micro-batches per step and process; raise it when memory runs out
     base_lr: float = 1.5e-4  # learning rate per 256 images: lr = base_lr * batch_size / 256
@@ -735,7 +735,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU if there is one
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # [GPU: bf16, or fp16; CPU: fp32]
     compile: bool = False  # torch.compile: a slow first step, then faster; for long runs on a GPU
-    seed: int = 0  # of all random numbers
+    seed: int = 0  # seed of all random numbers
 
     def check(self) -> None:
         """Raise UserError for values that cannot work."""

@@ -14,7 +14,7 @@ Its entries are linear (the cached probe), linear-protocol (MAE's), knn, finetun
 --pool is not the mode's default, it is added to the name: linear-mean. So is --img-size if it is
 not the encoder's size: knn-64px.
 eval_linear.main(eval_linear.Config(encoder=...), (train, val)) evaluates on your own Datasets; with
-mode="segment" they return (image, mask), classes are counted from 0.
+mode="segment" they return (image, mask), where classes are counted from 0.
 
 linear     MAE's protocol: a BatchNorm without affine and a linear layer on the class token of the
            frozen encoder; LARS, base learning rate 0.1 x batch / 256, no weight decay, batch
@@ -244,7 +244,7 @@ def logistic_regression(x: Tensor, labels: Tensor, test: Tensor, num_classes: in
     l2 / 2 * |weight|^2 on x (M, D), whose mean is about 0, and labels (M,)."""
     # The unknowns are the weight's coordinates along the principal axes of x, in units of
     # 1 / sqrt(curvature): LBFGS needs tens of iterations for them, and hundreds for the weight
-    # itself. With few images and a small l2, the loss is flat and it ends a bit above the minimum.
+    # itself. With few images and a small l2, the loss is flat: LBFGS ends a bit above the minimum.
     variance, axes = torch.linalg.eigh(x.T @ x / len(x))
     scaled_axes = axes / (variance / num_classes + l2).clamp(min=1e-9).sqrt()
     unknown = x.new_zeros(num_classes, x.shape[1], requires_grad=True)
@@ -585,8 +585,9 @@ def fill_in(cfg: Config, width: int, num_images: int) -> dict:
     if cfg.cache_features is None and num_images >= 200_000:
         cached = False
     given = {name: value for name, value in dataclasses.asdict(cfg).items() if value is not None}
-    rate = ("lr", "base_lr", "warmup_epochs")
-    for name in ("epochs", "batch_size", "accumulate", "min_crop", *rate):
+    of_training = ("epochs", "batch_size", "accumulate", "lr", "base_lr", "warmup_epochs",
+                   "min_crop")  # fmt: skip
+    for name in of_training:
         if cached and name in given:
             raise UserError(f"--{name.replace('_', '-')} belongs to the full protocol, not to the "
                             "cached probe: add --no-cache-features, or leave it out")  # fmt: skip

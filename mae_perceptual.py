@@ -20,7 +20,7 @@ Usage
     python mae_perceptual.py                                    # demo: 3 minutes on two CPU cores
     python mae_perceptual.py --variant mae --out runs/mae-demo  # the demo with plain MAE
     python mae_perceptual.py --preset cifar --variant ls        # CIFAR-10, downloaded to data/
-    python mae_perceptual.py --preset imagenet --data /data/imagenet --accumulate 2      # 24 GB
+    python mae_perceptual.py --preset imagenet --data /data/imagenet --accumulate 2   # 24 GB GPU
     torchrun --nproc-per-node 8 mae_perceptual.py --preset imagenet --data /data/imagenet
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
         mae_perceptual.py --preset imagenet-mae --data /data/imagenet      # MAE's recipe, 16 GPUs
@@ -37,7 +37,7 @@ numbers in the losses are those of "imagenet"; "demo" and "cifar" have others, s
     L_G     = L_pix + 0.05 L_feat + 40 L_style + 0.7 L_adv                       Adversary.losses
     L_D     = (D(x) - 1)^2 / 2 + D(y)^2 / 2                                      ls_d_loss
               or in msg-ada softplus(-D(x)) + softplus(D(y))                     logistic_d_loss
-    R1      = |dD(x)/dx|^2; every 16th step adds 16 * gamma/2 R1, gamma 10       r1_penalty
+    R1      = |dD(x)/dx|^2; every 16th step adds 16 * gamma/2 R1 to L_D, gamma 10  r1_penalty
     path    = (|J'n| - its running mean)^2; every 4th step adds 4 * 2 path to L_G  PathLength
               (J is the derivative of y by the decoder's input, n normal noise / side of y)
     p       = probability of each augmentation; it rises if mean sign D(x) is    AdaptiveAugment
@@ -72,9 +72,9 @@ What is not taken from the paper
                               small images; no random gamma and gain of colours; bf16 on GPUs
 
 Deviations and their consequences
-    "demo" and "cifar" change losses and recipe; the comment at PRESETS gives the reasons.
+    "demo" and "cifar" change losses and recipe, as the comment at PRESETS explains.
     Without --lr-decay, the discriminator has warm-up and cosine, too, or it would win in the end.
-    BatchNorm (ls) and minibatch std (msg, msg-ada) use one micro-batch: 4 images or more.
+    BatchNorm (ls) and minibatch std (msg, msg-ada) use one micro-batch: give it 4 images or more.
     Both players step at the same time, so that a step takes one forward pass of the generator.
     R1 is taken on augmented images. The authors' R1 has no factor 16 / 2: it counts 8 times less.
     lr and betas are not corrected for lazy penalties: lr is 17/16 (L_D), 5/4 (L_G) of StyleGAN2's.
@@ -201,6 +201,7 @@ class MSGDecoder(common.Decoder):
     Each block but the first has a skip connection: it also takes the output of an encoder block.
     Decoder block 2 takes that of the last encoder block but one, block 3 that of the encoder block
     before, and so on.
+
     The last block makes the full-size image, and the blocks just before it make the smaller images.
     The earliest of these makes the largest, as in the authors' code. MSG-GAN has the reverse order,
     but here all blocks have the same grid of tokens, so that either order is possible.

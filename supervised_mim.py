@@ -35,9 +35,9 @@ The codes are e_k, G is the tokenizer's decoder, sg stops gradients.
     t(l)     = argmin over k of |z(l) - e_k|^2, the token of patch l           VQTokenizer.quantize
     L_vq     = mean over pixels of |x - G(z + sg(e - z))| + 0.25 mean over     VQTokenizer.forward
                components of (z - sg(e))^2; e(l) is the code of t(l)
-    e_k      = m_k / n_k: moving averages (decay 0.99) of the sum and number   .update_codebook
-               of the z(l) with t(l) = k. A step has N vectors z. If n_k is
-               below 0.1 N / K (K codes), a random z of the step becomes e_k
+    e_k      = m_k / n_k: moving averages (decay 0.99) of the sum and   VQTokenizer.update_codebook
+               number of the z(l) with t(l) = k. A step has N vectors z. If n_k
+               is below 0.1 N / K (K codes), a random z of the step becomes e_k
     L_class  = CE(head(class token of encoder(x')), labels mixed like x');     SupervisedMIM.forward
                with --pool mean, the mean of the patch tokens is classified
     L_token  = mean over the masked patches l of CE(prediction(l), t(l)) with  mim_token_loss
@@ -104,7 +104,7 @@ class Config(common.Config):
     train_tokenizer: bool = False  # train only the tokenizer, then stop
     tokenizer_epochs: int = 20  # length of the tokenizer's training
     tokenizer_lr: float = 1e-3  # the tokenizer's peak learning rate; its batch is at most about 256
-    tokenizer_width: int = 64  # its channels at full resolution; up to 4 x as many at lower ones
+    tokenizer_width: int = 64  # its channels at full resolution; at lower ones up to 4 x as many
     codebook_size: int = 1024  # number of codes; it must match that of --tokenizer FILE
     codebook_dim: int = 256  # dimension of a code
     val_every: int = 1  # validation top-1 every so many epochs and at the end; 0 is never
